@@ -1,0 +1,1 @@
+"""Linear regression on data larger than memory."""

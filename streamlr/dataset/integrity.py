@@ -1,0 +1,190 @@
+"""Completeness, checksums, manifest and fingerprint: how a store proves that it holds what was written.
+
+A store of ours carries crc32c at the end of every chunk. Its manifest repeats that checksum for every chunk *position*, so a chunk that
+is intact but stands in the wrong place is found as well, at the price of comparing four bytes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import zarr
+from zarr.core.buffer import default_buffer_prototype
+from zarr.storage import LocalStore
+
+from streamlr.errors import StoreIncomplete
+from streamlr.files import digest
+
+ATTRIBUTE = "streamlr"
+FORMAT = "streamlr rows"
+VERSION = 1
+CHECKSUM_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Seal:
+    """What a store of ours says of itself: names, coding of categories, and the checksum of every chunk.
+
+    Attributes
+    ----------
+    features, targets : tuple of str
+        Names of the columns of X and of y.
+    weights : str or None
+        Name of the array of weights.
+    chunks : mapping of str to bytes
+        For each array, four bytes for each of its chunks, in C order: the crc32c that the chunk ends with.
+    coding : mapping
+        How tables were turned into columns (formula, levels); empty where no table was.
+    """
+
+    features: tuple[str, ...]
+    targets: tuple[str, ...]
+    weights: str | None
+    chunks: Mapping[str, bytes]
+    coding: Mapping[str, Any]
+
+
+def seal(
+    path: str | os.PathLike[str], *, features: list[str], targets: list[str], coding: Mapping[str, Any], counts: Mapping[str, Any]
+) -> None:
+    """Write the manifest and the success marker of a finished store: the last thing that its writer does.
+
+    Parameters
+    ----------
+    path : path
+        A zarr v3 group with `X` and `y` and perhaps `weights`, every chunk written and ended by crc32c.
+    features, targets : list of str
+        Names of the columns of `X` and of `y`.
+    coding, counts : mapping
+        JSON values to keep: how tables were coded, and how many rows were read and dropped.
+    """
+    group = zarr.open_group(str(path), mode="r+")
+    arrays = dict(sorted(group.arrays()))
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "features": features,
+        "targets": targets,
+        "weights": "weights" if "weights" in arrays else None,
+        "metadata": {name: _metadata_digest(array) for name, array in arrays.items()},
+        "chunks": {name: b"".join(_stored_checksums(array)).hex() for name, array in arrays.items()},
+        "coding": dict(coding),
+        "counts": dict(counts),
+    }
+    group.attrs.update(
+        {
+            "feature_names": features,
+            "target_names": targets,
+            ATTRIBUTE: {**content, "digest": digest(content), "complete": True},
+        }
+    )
+
+
+def read_seal(group: zarr.Group) -> Seal | None:
+    """Return what the group's seal says, or None for a store that others wrote.
+
+    Raises
+    ------
+    StoreIncomplete
+        The store is ours but was never finished, or it was altered after it was sealed.
+    """
+    stated = group.attrs.asdict().get(ATTRIBUTE)
+    if stated is None:
+        return None
+    where = f"the store {group.store_path}"
+    if not isinstance(stated, dict) or not stated.get("complete"):
+        raise StoreIncomplete(f"{where} was never finished: its writer was interrupted; delete it and write it again")
+    content = {key: value for key, value in stated.items() if key not in ("digest", "complete")}
+    if content.get("format") != FORMAT or not isinstance(content.get("version"), int) or content["version"] > VERSION:
+        raise StoreIncomplete(f"{where} has format version {content.get('version')}; this release reads up to {VERSION}")
+    if stated.get("digest") != digest(content):
+        raise StoreIncomplete(f"the manifest of {where} was altered after it was written; write the store again")
+    arrays = dict(group.arrays())
+    for name, expected in content["metadata"].items():
+        if name not in arrays:
+            raise StoreIncomplete(f"{where} has lost its array {name!r}; write the store again")
+        if _metadata_digest(arrays[name]) != expected:
+            raise StoreIncomplete(
+                f"the metadata of array {name!r} in {where} (shape, dtype, chunks or codecs) were altered after it was written; "
+                "restore its zarr.json or write the store again"
+            )
+    return Seal(
+        tuple(content["features"]),
+        tuple(content["targets"]),
+        content["weights"],
+        {name: bytes.fromhex(text) for name, text in content["chunks"].items()},
+        content["coding"],
+    )
+
+
+def chunk_positions(array: zarr.Array[Any]) -> Iterator[tuple[int, ...]]:
+    """Iterate, in C order, over the positions of the pieces that the store holds: chunks, or shards where there are any."""
+    piece = array.shards or array.chunks
+    return itertools.product(*(range(-(-length // size)) for length, size in zip(array.shape, piece, strict=True)))
+
+
+def chunk_key(array: zarr.Array[Any], position: tuple[int, ...]) -> str:
+    """Return the key, within the store, of the chunk or shard at `position`."""
+    key = array.metadata.encode_chunk_key(position)
+    return f"{array.path}/{key}" if array.path else key
+
+
+def local_root(array: zarr.Array[Any]) -> Path | None:
+    """Return the folder of the store of `array` when it is one on a local disk, else None."""
+    store = array.store
+    while hasattr(store, "_store"):  # a zarr.storage.WrapperStore, which documents this attribute
+        store = store._store
+    return Path(store.root) if isinstance(store, LocalStore) else None
+
+
+def array_fingerprint(array: zarr.Array[Any], checksums: bytes | None) -> str:
+    """Return the sha256 of an array's metadata and, for each chunk, its checksum in the manifest, else its size and time of change.
+
+    A chunk that is absent counts as such. On stores that are not local only the metadata are available at this price.
+    """
+    facts: list[Any] = [_metadata_digest(array)]
+    root = local_root(array)
+    if checksums is not None:
+        facts.append(checksums.hex())
+    elif root is not None:
+        for position in chunk_positions(array):
+            try:
+                status = os.stat(root / chunk_key(array, position))
+            except FileNotFoundError:
+                facts.append(None)
+            else:
+                facts.append([status.st_size, status.st_mtime_ns])
+    return digest(facts)
+
+
+def _metadata_digest(array: zarr.Array[Any]) -> str:
+    """Digest the metadata document as stored, so that an edit on disk shows even where zarr would not mind it."""
+    name = "zarr.json" if array.metadata.zarr_format == 3 else ".zarray"
+    root = local_root(array)
+    if root is not None:
+        text = (root / array.path / name).read_bytes()
+    else:
+        text = array.metadata.to_buffer_dict(default_buffer_prototype())[name].to_bytes()
+    document = json.loads(text)
+    document.pop("attributes", None)
+    return digest(document)
+
+
+def _stored_checksums(array: zarr.Array[Any]) -> Iterator[bytes]:
+    root = local_root(array)
+    if root is None:
+        raise StoreIncomplete(f"the store {array.store} is not on a local disk; write it there and copy it")
+    for position in chunk_positions(array):
+        path = root / chunk_key(array, position)
+        try:
+            with path.open("rb") as file:
+                file.seek(-CHECKSUM_BYTES, os.SEEK_END)
+                yield file.read(CHECKSUM_BYTES)
+        except OSError as error:
+            raise StoreIncomplete(f"chunk {path} was not written ({error}); write the store again") from error
