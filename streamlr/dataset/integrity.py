@@ -1,7 +1,7 @@
 """Completeness, checksums, manifest and fingerprint: how a store proves that it holds what was written.
 
-A store of ours carries crc32c at the end of every chunk. Its manifest repeats that checksum for every chunk *position*, so a chunk that
-is intact but stands in the wrong place is found as well, at the price of comparing four bytes.
+A store of ours carries crc32c at the end of every chunk. Its manifest repeats that checksum for every chunk *position*, so a
+chunk that is intact but stands in the wrong place is found as well, at the price of comparing four bytes.
 """
 
 from __future__ import annotations
@@ -77,13 +77,9 @@ def seal(
         "coding": dict(coding),
         "counts": dict(counts),
     }
-    group.attrs.update(
-        {
-            "feature_names": features,
-            "target_names": targets,
-            ATTRIBUTE: {**content, "digest": digest(content), "complete": True},
-        }
-    )
+    attributes: dict[str, Any] = {"feature_names": features, "target_names": targets}
+    attributes[ATTRIBUTE] = {**content, "digest": digest(content), "complete": True}
+    group.attrs.update(attributes)
 
 
 def read_seal(group: zarr.Group) -> Seal | None:

@@ -1,0 +1,16 @@
+from .aggregates.cost import Cost as Cost
+from .aggregates.moments import Moments as Moments
+from .api import accumulate as accumulate
+from .api import evaluate as evaluate
+from .api import fit as fit
+from .api import plan as plan
+from .api import predict as predict
+from .api import solve as solve
+from .dataset.blocks import Plan as Plan
+from .dataset.dataset import Dataset as Dataset
+from .dataset.opening import open_dataset as open_dataset
+from .direct.routes import Direct as Direct
+from .estimators import LinearRegression as LinearRegression
+from .estimators import Ridge as Ridge
+from .model import FittedModel as FittedModel
+from .model import load_model as load_model

@@ -1,0 +1,1 @@
+"""What one pass leaves behind: pure NumPy, no reading, no scheduling."""

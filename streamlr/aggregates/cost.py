@@ -1,0 +1,181 @@
+"""The cost: mean squared error, the one place that defines it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamlr.aggregates.moments import Moments, MomentsOf
+from streamlr.dataset.blocks import Block
+from streamlr.errors import NoRows
+
+Number = float | NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Cost:
+    r"""How good coefficients are on some rows.
+
+    .. math:: J(b) = \frac1W \sum w_i (y_i - b_0 - x_i'b)^2, \quad R^2 = 1 - J / \frac1W \sum w_i (y_i - \bar y)^2
+
+    Attributes
+    ----------
+    mse : float or (k,) float64
+        J, in squared units of the target; one per target where there are several.
+    r2 : float or (k,) float64
+        Share of the variance about the weighted mean that is explained, with an intercept or without. For a constant target it is 1
+        when every row is met exactly, else 0, as in scikit-learn.
+    n : int
+        Rows.
+    mae : float, (k,) float64 or None
+        Weighted mean of absolute residuals; None when no pass saw the residuals.
+    weight_sum : float
+        W.
+    """
+
+    mse: Number
+    r2: Number
+    n: int
+    mae: Number | None
+    weight_sum: float
+
+    @property
+    def rmse(self) -> Number:
+        """Square root of the mean squared error, in units of the target."""
+        root = np.sqrt(self.mse)
+        return float(root) if np.ndim(root) == 0 else np.asarray(root)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the cost as JSON values."""
+        facts = {"mse": self.mse, "rmse": self.rmse, "r2": self.r2, "mae": self.mae}
+        return {"n": self.n, **{name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in facts.items()}}
+
+    def __str__(self) -> str:
+        facts = {"mse": self.mse, "rmse": self.rmse, "mae": self.mae, "r2": self.r2}
+        shown = "  ".join(f"{name} {_shown(value)}" for name, value in facts.items() if value is not None)
+        return f"{shown}  (n = {self.n:,})"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Residuals:
+    """Sums over rows from which a `Cost` follows; a commutative monoid.
+
+    Attributes
+    ----------
+    squares, magnitudes : (k,) float64
+        sum w_i r_i^2 and sum w_i |r_i| of the residuals r_i = y_i - b0 - x_i'b.
+    targets : Moments
+        Moments of the targets alone, for R^2.
+    """
+
+    squares: NDArray[np.float64]
+    magnitudes: NDArray[np.float64]
+    targets: Moments
+
+    def __add__(self, other: Residuals) -> Residuals:
+        return Residuals(self.squares + other.squares, self.magnitudes + other.magnitudes, self.targets + other.targets)
+
+    def cost(self) -> Cost:
+        """Return the cost that these sums amount to."""
+        return make_cost(self.squares, self.magnitudes, self.targets)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ResidualsOf:
+    """The statistic whose values are the `Residuals` of given coefficients.
+
+    Attributes
+    ----------
+    coef : (p, k) float64
+        Coefficients.
+    intercept : (k,) float64
+        Intercepts.
+    target_names : tuple of str
+        Names of the k targets.
+    """
+
+    coef: NDArray[np.float64]
+    intercept: NDArray[np.float64]
+    target_names: tuple[str, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one value."""
+        return 8 * len(self.target_names) * (len(self.target_names) + 4)
+
+    def empty(self) -> Residuals:
+        """Return the sums over no rows."""
+        zeros = np.zeros(len(self.target_names))
+        return Residuals(zeros, zeros.copy(), MomentsOf((), self.target_names).empty())
+
+    def of(self, block: Block) -> Residuals:
+        """Return the sums over the rows of `block`."""
+        residuals = np.abs(block.y - predictions(block.x, self.coef, self.intercept))
+        w = np.ones(len(residuals)) if block.weights is None else block.weights
+        targets = Block(block.start, block.stop, np.ascontiguousarray(block.y), block.weights, 0)
+        with np.errstate(over="ignore"):
+            return Residuals(w @ residuals**2, w @ residuals, MomentsOf((), self.target_names).of(targets))
+
+
+def predictions(x: NDArray[np.float64], coef: NDArray[np.float64], intercept: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return b0 + x b, row by row, so that a row's prediction does not depend on the rows beside it.
+
+    A matrix product is free to take other paths for other heights and so to round differently; `einsum` walks along each row.
+
+    Parameters
+    ----------
+    x : (m, p) float64
+        Features.
+    coef : (p, k) float64
+        Coefficients.
+    intercept : (k,) float64
+        Intercepts.
+
+    Returns
+    -------
+    (m, k) float64
+
+    Examples
+    --------
+    >>> predictions(np.array([[1.0, 2.0]]), np.array([[10.0], [1.0]]), np.array([0.5]))
+    array([[12.5]])
+    """
+    out = np.empty((len(x), coef.shape[1]))
+    for j in range(coef.shape[1]):
+        np.einsum("ij,j->i", x, np.ascontiguousarray(coef[:, j]), out=out[:, j])
+    out += intercept
+    return out
+
+
+def cost_of_moments(moments: Moments, coef: NDArray[np.float64], intercept: NDArray[np.float64]) -> Cost:
+    """Return the cost of any coefficients, (p, k), and intercepts, (k,), from moments of the rows: no row is read."""
+    return make_cost(moments.cost_sums(coef, intercept), None, moments)
+
+
+def make_cost(squares: NDArray[np.float64], magnitudes: NDArray[np.float64] | None, moments: Moments) -> Cost:
+    """Return the cost from residual sums and the moments of the targets.
+
+    Raises
+    ------
+    NoRows
+        No row has a weight above zero.
+    """
+    total = moments.weight_sum
+    if total == 0:
+        raise NoRows("no row with a weight above zero is left; check the weights, missing= and the split")
+    spread = moments.target_scatter()
+    with np.errstate(divide="ignore", invalid="ignore"):
+        r2 = np.where(spread > 0, 1 - squares / spread, np.where(squares > 0, 0.0, 1.0))
+    mae = None if magnitudes is None else _scalar(magnitudes / total)
+    return Cost(_scalar(squares / total), _scalar(r2), moments.n, mae, total)
+
+
+def _scalar(values: NDArray[np.float64]) -> Number:
+    return float(values[0]) if len(values) == 1 else values
+
+
+def _shown(value: Number) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else "[" + ", ".join(f"{number:.6g}" for number in np.atleast_1d(value)) + "]"

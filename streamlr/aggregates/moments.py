@@ -1,0 +1,225 @@
+"""Moments: n, W, mean and scatter of [X y], centred and unnormalised; enough for the exact fit and the cost of any coefficients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamlr.dataset.blocks import Block
+from streamlr.errors import NumericalError, UsageError
+
+# A column keeps its own unit while its squares stay well inside the range of float64, so that sums of them do too.
+SMALL, LARGE = 1e-150, 1e150
+NO_SCALE = -4096  # the exponent of a column that has shown nothing but zeros: below every other, so that any other wins
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Moments:
+    r"""Weighted moments of rows z = [x y], a commutative monoid.
+
+    .. math:: W = \sum w_i, \quad \bar z = \frac1W \sum w_i z_i, \quad S = \sum w_i (z_i - \bar z)(z_i - \bar z)'
+
+    Two sets of rows are merged by the rule of Chan, Golub and LeVeque (1983, equation 2.1), in matrix form.
+
+    Attributes
+    ----------
+    n : int
+        Rows.
+    n_weighted : int
+        Rows with a weight above zero: those that count in the degrees of freedom.
+    weight_sum : float
+        W.
+    mean : (p + k,) float64
+        Mean of each column, in units of 2**exponent.
+    scatter : (p + k, p + k) float64
+        S, in units of 2**(exponent_i + exponent_j).
+    exponent : (p + k,) int32
+        Power of two that each column is measured in: 0 unless its squares could leave 1e-150 to 1e150.
+    feature_names, target_names : tuple of str
+        Names of the p features and k targets.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> block = Block(0, 3, np.array([[1.0, 2.0], [2.0, 4.0], [3.0, 6.0]]), None, 1)
+    >>> m = MomentsOf(("x",), ("y",)).of(block)
+    >>> m.n, m.mean.tolist(), m.scatter.tolist()
+    (3, [2.0, 4.0], [[2.0, 4.0], [4.0, 8.0]])
+
+    References
+    ----------
+    Chan, Golub and LeVeque (1983), Algorithms for computing the sample variance, The American Statistician 37(3).
+    """
+
+    n: int
+    n_weighted: int
+    weight_sum: float
+    mean: NDArray[np.float64]
+    scatter: NDArray[np.float64]
+    exponent: NDArray[np.int32]
+    feature_names: tuple[str, ...]
+    target_names: tuple[str, ...]
+
+    @property
+    def n_features(self) -> int:
+        """Number of features, p."""
+        return len(self.feature_names)
+
+    @property
+    def n_targets(self) -> int:
+        """Number of targets, k."""
+        return len(self.target_names)
+
+    @property
+    def units(self) -> NDArray[np.int32]:
+        """Exponents to compute with: 0 for a column that has shown nothing but zeros."""
+        units: NDArray[np.int32] = np.where(self.exponent == NO_SCALE, np.int32(0), self.exponent)
+        return units
+
+    def __add__(self, other: Moments) -> Moments:
+        if not isinstance(other, Moments):
+            return NotImplemented
+        if (self.feature_names, self.target_names) != (other.feature_names, other.target_names):
+            raise UsageError(
+                f"moments of different columns cannot be added: {self.feature_names + self.target_names} "
+                f"and {other.feature_names + other.target_names}"
+            )
+        if self.n == 0 or other.n == 0:
+            return (other if self.n == 0 else self).copy()
+        exponent = np.maximum(self.exponent, other.exponent)
+        mean, scatter = _in_units_of(self, exponent)
+        other_mean, other_scatter = _in_units_of(other, exponent)
+        total = self.weight_sum + other.weight_sum
+        step = other_mean - mean
+        if self.weight_sum == 0:  # rows without weight leave the mean where it is
+            mean = other_mean.copy()
+        elif other.weight_sum == 0:
+            mean = mean.copy()
+        else:
+            mean = mean + step * (other.weight_sum / total)
+        scatter = scatter + other_scatter
+        step *= np.sqrt(self.weight_sum) * np.sqrt(other.weight_sum / total) if total else 0.0
+        scatter += step[:, None] * step
+        n_weighted = self.n_weighted + other.n_weighted
+        return Moments(self.n + other.n, n_weighted, total, mean, scatter, exponent, self.feature_names, self.target_names)
+
+    def cost_sums(self, coef: NDArray[np.float64], intercept: NDArray[np.float64]) -> NDArray[np.float64]:
+        r"""Return the residual sum of squares of any coefficients, without reading rows.
+
+        .. math:: \sum w_i (y_i - b_0 - x_i'b)^2 = v'Sv + W (\bar z'v - b_0)^2, \quad v = (-b, 1)
+
+        Parameters
+        ----------
+        coef : (p, k) float64
+            Coefficients, in the units of the columns.
+        intercept : (k,) float64
+            Intercepts.
+
+        Returns
+        -------
+        (k,) float64
+            Never negative: what rounding leaves below zero is zero.
+        """
+        p, unit = self.n_features, self.units
+        v = np.zeros((len(self.mean), self.n_targets))  # column j in units of target j
+        v[:p] = -np.ldexp(coef, unit[:p, None] - unit[p:])
+        np.fill_diagonal(v[p:], 1.0)
+        offset = self.mean @ v - np.ldexp(intercept, -unit[p:])
+        within = np.maximum(np.einsum("ij,ij->j", v, self.scatter @ v), 0.0)
+        return np.ldexp(within + self.weight_sum * offset**2, 2 * unit[p:])
+
+    def target_scatter(self) -> NDArray[np.float64]:
+        """Return sum w_i (y_i - mean(y))^2 of each target, (k,)."""
+        p = self.n_features
+        return np.ldexp(np.diagonal(self.scatter)[p:], 2 * self.units[p:])
+
+    def copy(self) -> Moments:
+        """Return moments that share no memory with these."""
+        return replace(self, mean=self.mean.copy(), scatter=self.scatter.copy(), exponent=self.exponent.copy())
+
+
+@dataclass(frozen=True, slots=True)
+class MomentsOf:
+    """The statistic whose values are `Moments` of the named columns."""
+
+    feature_names: tuple[str, ...]
+    target_names: tuple[str, ...]
+
+    @property
+    def width(self) -> int:
+        """Number of columns, p + k."""
+        return len(self.feature_names) + len(self.target_names)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one value."""
+        return 8 * self.width * (self.width + 2)
+
+    def empty(self) -> Moments:
+        """Return the moments of no rows."""
+        q = self.width
+        exponent = np.full(q, NO_SCALE, dtype=np.int32)
+        return Moments(0, 0, 0.0, np.zeros(q), np.zeros((q, q)), exponent, self.feature_names, self.target_names)
+
+    def of(self, block: Block) -> Moments:
+        """Return the moments of the rows of `block`."""
+        n, weights = len(block.columns), block.weights
+        n_weighted = n if weights is None else int(np.count_nonzero(weights))
+        if n_weighted == 0:
+            return replace(self.empty(), n=n)
+        total = float(n) if weights is None else float(weights.sum())
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            mean, scatter = _centred_product(block.columns, weights, total)
+            squares = np.diagonal(scatter)
+            unusual = ~((squares > SMALL) & (squares < LARGE) & (mean * mean < LARGE))
+        exponent = np.zeros(self.width, dtype=np.int32)
+        if unusual.any():
+            exponent[unusual] = _exponents(block.columns[:, unusual])
+            unit = np.where(exponent == NO_SCALE, 0, exponent)
+            if unit.any():
+                mean, scatter = _centred_product(np.ldexp(block.columns, -unit), weights, total)
+        if not np.isfinite(scatter).all():
+            raise NumericalError(
+                f"the squares of rows {block.start:,} to {block.stop - 1:,} overflow although every value is finite; "
+                "are there weights near 1e300? divide them by their largest"
+            )
+        return Moments(n, n_weighted, total, mean, scatter, exponent, self.feature_names, self.target_names)
+
+
+def _centred_product(
+    columns: NDArray[np.float64], weights: NDArray[np.float64] | None, total: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return mean and scatter of the rows of `columns`.
+
+    The mean is corrected by the mean of what centring left, and the scatter by its square, so that a column far from zero loses
+    nothing to the rounding of its first mean. The product is the symmetric one, `z.T @ z` of one contiguous array: another
+    spelling would give other bits.
+    """
+    w = np.ones(len(columns)) if weights is None else weights
+    mean = (w @ columns) / total
+    z = columns - mean
+    left = (w @ z) / total
+    if weights is not None:
+        z *= np.sqrt(weights)[:, None]
+    scatter = z.T @ z
+    scatter -= (left * total)[:, None] * left
+    return mean + left, scatter
+
+
+def _exponents(columns: NDArray[np.float64]) -> NDArray[np.int32]:
+    """Return the power of two nearest above each column's largest magnitude, 0 for those of ordinary size."""
+    largest = np.abs(columns).max(axis=0)
+    exponent = np.frexp(largest)[1].astype(np.int32)
+    exponent[(largest > np.sqrt(SMALL)) & (largest < np.sqrt(LARGE))] = 0
+    exponent[largest == 0] = NO_SCALE
+    return np.asarray(exponent)
+
+
+def _in_units_of(moments: Moments, exponent: NDArray[np.int32]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return mean and scatter in units of 2**exponent; exact, but for what vanishes beside columns so much larger."""
+    shift = np.maximum(moments.exponent - exponent, NO_SCALE)
+    if not shift.any():
+        return moments.mean, moments.scatter
+    return np.ldexp(moments.mean, shift), np.ldexp(moments.scatter, shift[:, None] + shift)

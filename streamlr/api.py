@@ -1,0 +1,358 @@
+"""The public functions: a few lines each, joining the floors."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from streamlr.aggregates.cost import Cost, ResidualsOf, cost_of_moments
+from streamlr.aggregates.moments import Moments, MomentsOf
+from streamlr.dataset.blocks import Block, Plan
+from streamlr.dataset.dataset import Dataset, Tally, default_names
+from streamlr.direct.inference import standard_errors
+from streamlr.direct.normal import describe_aliases, solve_bytes, solve_normal
+from streamlr.direct.routes import Direct
+from streamlr.errors import PrecisionWarning, RankWarning, UsageError
+from streamlr.model import FittedModel
+from streamlr.passes.memory import one_blas_thread
+from streamlr.passes.planning import plan_pass
+from streamlr.passes.progress import Callback, progress_bar
+from streamlr.passes.reduce import Reduced, reduce
+from streamlr.passes.write import write
+
+SOLVERS = ("auto", "normal")
+Progress = bool | Callback
+
+
+def fit(
+    dataset: Dataset,
+    solver: str | Direct = "auto",
+    *,
+    fit_intercept: bool = True,
+    ridge: float = 0.0,
+    memory_limit: int | str | None = None,
+    progress: Progress = False,
+) -> FittedModel:
+    r"""Fit a linear model to all rows, in one pass over them.
+
+    .. math:: \min_{b_0, b} \frac1W \sum w_i (y_i - b_0 - x_i'b)^2 + \lambda |b|^2
+
+    Parameters
+    ----------
+    dataset : Dataset
+        Rows with a target.
+    solver : "auto", "normal" or Direct
+        "normal" and `Direct("normal")` solve the normal equations; "auto" chooses that.
+    fit_intercept : bool
+        Fit b0, which is never penalised.
+    ridge : float
+        lambda, on the columns as given: scikit-learn's alpha divided by the sum of weights.
+    memory_limit : int, str or None
+        Bytes, or a text such as "2GB"; None for four fifths of what this process may use.
+    progress : bool or callable
+        Show a bar on standard error, or call this with an `Event` at every tile.
+
+    Returns
+    -------
+    FittedModel
+
+    Raises
+    ------
+    UsageError
+        An option is not one of those allowed, or there is no target.
+    MemoryLimitExceeded
+        The plan does not fit; no row was read.
+    DataError
+        A row, a chunk or a count is not as promised.
+    NumericalError
+        The rank is short and `Direct(rank="error")` was asked for, or a coefficient leaves the range of float64.
+
+    Warns
+    -----
+    RankWarning
+        Columns depend on others.
+    PrecisionWarning
+        A column holds integers beyond 2**53, which float64 rounds.
+
+    Examples
+    --------
+    >>> import streamlr
+    >>> model = streamlr.fit(streamlr.Dataset([[0.0], [1.0], [2.0]], [1.0, 3.0, 5.0]))
+    >>> model.coef, model.intercept, model.rank
+    (array([2.]), 1.0, 1)
+
+    References
+    ----------
+    Chan, Golub and LeVeque (1983) for the moments, van der Sluis (1969) for the scaling of the equations.
+    """
+    direct = as_direct(solver)
+    _check_target(dataset)
+    reduced = _moments(dataset, memory_limit, progress)
+    _warn_rounded(reduced.tally)
+    fingerprint = dataset.fingerprint
+    return _solved(reduced.value, direct, fit_intercept, ridge, reduced.tally, fingerprint, dataset.coding)
+
+
+def accumulate(dataset: Dataset, *, memory_limit: int | str | None = None, progress: Progress = False) -> Moments:
+    """Return the moments of all rows: what an exact fit needs, and all that it needs.
+
+    Moments of different rows with the same columns add up: `solve(m1 + m2)` fits both.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        Rows with a target.
+    memory_limit, progress
+        As for `fit`.
+
+    Raises
+    ------
+    UsageError, MemoryLimitExceeded, DataError
+        As for `fit`.
+
+    Examples
+    --------
+    >>> import streamlr
+    >>> first = streamlr.accumulate(streamlr.Dataset([[0.0], [1.0]], [1.0, 3.0]))
+    >>> second = streamlr.accumulate(streamlr.Dataset([[2.0], [3.0]], [5.0, 7.0]))
+    >>> streamlr.solve(first + second).coef
+    array([2.])
+    """
+    _check_target(dataset)
+    reduced = _moments(dataset, memory_limit, progress)
+    _warn_rounded(reduced.tally)
+    return reduced.value
+
+
+def solve(moments: Moments, solver: str | Direct = "auto", *, fit_intercept: bool = True, ridge: float = 0.0) -> FittedModel:
+    """Fit a linear model to the rows that moments were made of, reading none.
+
+    Parameters
+    ----------
+    moments : Moments
+        From `accumulate`.
+    solver, fit_intercept, ridge
+        As for `fit`.
+
+    Raises
+    ------
+    UsageError, NoRows, NumericalError
+        As for `fit`.
+
+    Examples
+    --------
+    >>> import streamlr
+    >>> m = streamlr.accumulate(streamlr.Dataset([[0.0], [1.0], [2.0]], [1.0, 3.0, 5.0]))
+    >>> streamlr.solve(m, ridge=1.0).coef.round(3)
+    array([0.8])
+    """
+    return _solved(moments, as_direct(solver), fit_intercept, ridge, Tally(), None, {})
+
+
+def evaluate(model: FittedModel, dataset: Dataset, *, memory_limit: int | str | None = None, progress: Progress = False) -> Cost:
+    """Return the cost of a model on any rows, in one pass.
+
+    Parameters
+    ----------
+    model : FittedModel
+        The model.
+    dataset : Dataset
+        Rows with the model's features and a target.
+    memory_limit, progress
+        As for `fit`.
+
+    Raises
+    ------
+    UsageError
+        The features are not the model's, or there are not as many targets.
+    MemoryLimitExceeded, DataError
+        As for `fit`.
+
+    Examples
+    --------
+    >>> import streamlr
+    >>> ds = streamlr.Dataset([[0.0], [1.0], [2.0]], [1.0, 3.0, 5.0])
+    >>> streamlr.evaluate(streamlr.fit(ds), ds).r2
+    1.0
+    """
+    _check_target(dataset)
+    _check_features(model, dataset)
+    if dataset.n_targets != len(model.target_names):
+        raise UsageError(f"the data have {dataset.n_targets} target(s), the model {len(model.target_names)}; name as many")
+    statistic = ResidualsOf(model.coef_matrix, model.intercept_vector, model.target_names)
+    with _callback(progress) as callback:
+        return reduce(dataset, statistic, task="cost", memory_limit=memory_limit, progress=callback).value.cost()
+
+
+def predict(
+    model: FittedModel,
+    dataset: Dataset,
+    path: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    memory_limit: int | str | None = None,
+    progress: Progress = False,
+) -> Tally:
+    """Write the prediction of every row to an array `prediction` of a new zarr group, in bounded memory.
+
+    Parameters
+    ----------
+    model : FittedModel
+        The model.
+    dataset : Dataset
+        Rows with the model's features; no target is needed. With `missing="drop"` a row that lacks a value gets NaN.
+    path : path
+        The group to write; it appears when it is complete.
+    overwrite : bool
+        Replace what is there.
+    memory_limit, progress
+        As for `fit`.
+
+    Returns
+    -------
+    Tally
+        Rows written, and how many of them lack a value.
+
+    Raises
+    ------
+    OutputExists, UsageError, MemoryLimitExceeded, DataError
+        As for `fit`; nothing is left at `path` then.
+
+    Examples
+    --------
+    >>> import pathlib, tempfile, streamlr, zarr
+    >>> ds = streamlr.Dataset([[0.0], [1.0], [2.0]], [1.0, 3.0, 5.0])
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     tally = streamlr.predict(streamlr.fit(ds), ds, pathlib.Path(folder) / "out.zarr")
+    ...     zarr.open_group(pathlib.Path(folder) / "out.zarr")["prediction"][:]
+    array([1., 3., 5.])
+    """
+    _check_features(model, dataset)
+
+    def function(block: Block) -> Any:
+        return model.predict_block(block.x)
+
+    with _callback(progress) as callback:
+        return write(
+            dataset.without_targets(),
+            function,
+            path,
+            name="prediction",
+            n_columns=len(model.target_names),
+            overwrite=overwrite,
+            memory_limit=memory_limit,
+            progress=callback,
+        )
+
+
+def plan(dataset: Dataset, solver: str | Direct = "auto", *, memory_limit: int | str | None = None) -> Plan:
+    """Say what a fit would do, before it does: tasks, bytes and memory; no row is read.
+
+    Parameters
+    ----------
+    dataset, solver, memory_limit
+        As for `fit`.
+
+    Raises
+    ------
+    MemoryLimitExceeded
+        The fit would not run within the limit; the message has the numbers.
+
+    Examples
+    --------
+    >>> import numpy as np, streamlr
+    >>> streamlr.plan(streamlr.Dataset(np.zeros((1000, 3)), np.zeros(1000))).passes
+    1
+    """
+    as_direct(solver)
+    statistic = MomentsOf(dataset.feature_names, dataset.target_names)
+    bytes_needed = solve_bytes(dataset.n_features, dataset.n_targets)
+    return plan_pass(dataset, statistic, task="normal", memory=memory_limit, solution_bytes=bytes_needed)[0]
+
+
+def as_direct(solver: str | Direct) -> Direct:
+    """Return the solver that a word stands for."""
+    if isinstance(solver, Direct):
+        return solver
+    if solver not in SOLVERS:
+        raise UsageError(f"solver is {solver!r}; allowed are {', '.join(map(repr, SOLVERS))} or a value such as Direct('normal')")
+    return Direct(solver)
+
+
+def _moments(dataset: Dataset, memory_limit: int | str | None, progress: Progress) -> Reduced[Moments]:
+    statistic = MomentsOf(dataset.feature_names, dataset.target_names)
+    needed = solve_bytes(dataset.n_features, dataset.n_targets)
+    with _callback(progress) as callback:
+        return reduce(dataset, statistic, task="moments", memory_limit=memory_limit, solution_bytes=needed, progress=callback)
+
+
+def _solved(
+    moments: Moments, direct: Direct, fit_intercept: bool, ridge: float, tally: Tally, fingerprint: str | None, coding: Any
+) -> FittedModel:
+    with one_blas_thread():  # so that the solution has the same bits however many threads BLAS is given
+        solution = solve_normal(moments, direct, fit_intercept=fit_intercept, ridge=ridge)
+        squares = moments.cost_sums(solution.coef, solution.intercept)
+        cost = cost_of_moments(moments, solution.coef, solution.intercept)
+    errors = standard_errors(moments, solution, squares, fit_intercept=fit_intercept)
+    if solution.aliased:
+        warnings.warn(f"{describe_aliases(solution.aliased)} (rank {solution.rank})", RankWarning, stacklevel=3)
+    several = moments.n_targets > 1
+    return FittedModel(
+        coef=solution.coef if several else solution.coef[:, 0],
+        intercept=solution.intercept if several else float(solution.intercept[0]),
+        feature_names=moments.feature_names,
+        target_names=moments.target_names,
+        n_rows=moments.n,
+        rank=solution.rank,
+        condition=solution.condition,
+        digits=solution.digits,
+        route=solution.route,
+        aliased=solution.aliased,
+        cost=cost,
+        fit_intercept=fit_intercept,
+        ridge=ridge,
+        std_err=errors.coef if several else errors.coef[:, 0],
+        intercept_std_err=errors.intercept if several else float(errors.intercept[0]),
+        df_resid=errors.df_resid,
+        n_dropped=tally.dropped,
+        dropped_by_column=tally.dropped_by_column,
+        chunks_missing=tally.chunks_missing,
+        fingerprint=fingerprint,
+        coding=coding,
+    )
+
+
+def _check_target(dataset: Dataset) -> None:
+    if dataset.n_targets == 0:
+        raise UsageError("the data have no target: name one with target= (--target), or give y")
+
+
+def _check_features(model: FittedModel, dataset: Dataset) -> None:
+    unnamed = {default_names("x", dataset.n_features), default_names("x", model.n_features)}
+    known = dataset.feature_names not in unnamed and model.feature_names not in unnamed
+    model.check_features(dataset.feature_names, known=known)
+
+
+def _warn_rounded(tally: Tally) -> None:
+    if tally.rounded:
+        raise_to = ", ".join(map(repr, sorted(tally.rounded)))
+        warnings.warn(
+            f"column {raise_to} holds integers beyond 2**53, which float64 rounds; subtract a constant before storing them, "
+            "if their last digits matter",
+            PrecisionWarning,
+            stacklevel=3,
+        )
+
+
+@contextmanager
+def _callback(progress: Progress) -> Iterator[Callback | None]:
+    if callable(progress):
+        yield progress
+    elif progress:
+        with progress_bar() as callback:
+            yield callback
+    else:
+        yield None

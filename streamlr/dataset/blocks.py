@@ -1,0 +1,206 @@
+"""Blocks of rows, and where tiles and spans begin and end: integers only, nothing is read here."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+TILE_BYTES = 2**20  # what one core's second-level cache holds; larger tiles gained nothing, smaller ones cost call overhead
+MIN_SPAN_BYTES = 16 * 2**20
+MAX_SPAN_BYTES = 256 * 2**20
+SPANS_PER_WORKER = 8  # so that the last spans balance the cores
+MAX_SPANS = 7_500  # with the merges, four at a time: 10,000 tasks
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Consecutive rows in memory, checked and promoted to float64; rows that were left out still count in `start` and `stop`.
+
+    Attributes
+    ----------
+    start, stop : int
+        The rows of the dataset that this block covers.
+    columns : (m, p + k) float64
+        Features and, behind them, targets, of the m <= stop - start rows that are kept; C-contiguous.
+    weights : (m,) float64 or None
+        Weights of the kept rows.
+    n_features : int
+        How many of the columns are features.
+    """
+
+    start: int
+    stop: int
+    columns: NDArray[np.float64]
+    weights: NDArray[np.float64] | None
+    n_features: int
+
+    @property
+    def x(self) -> NDArray[np.float64]:
+        """Features, (m, p)."""
+        return self.columns[:, : self.n_features]
+
+    @property
+    def y(self) -> NDArray[np.float64]:
+        """Targets, (m, k)."""
+        return self.columns[:, self.n_features :]
+
+    def copy(self) -> Block:
+        """Return a block that owns its rows."""
+        weights = None if self.weights is None else self.weights.copy()
+        return Block(self.start, self.stop, self.columns.copy(), weights, self.n_features)
+
+    def followed_by(self, later: Block) -> Block:
+        """Return this block and the one that starts where it stops, as one."""
+        weights = None
+        if self.weights is not None and later.weights is not None:
+            weights = np.concatenate([self.weights, later.weights])
+        return Block(self.start, later.stop, np.concatenate([self.columns, later.columns]), weights, self.n_features)
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The rows [start, stop) that one task reads."""
+
+    start: int
+    stop: int
+
+
+def tile_rows(n_columns: int) -> int:
+    """Return how many rows a tile has: a power of two, at least 4 rows per column, about a cache full.
+
+    It depends on the number of columns alone, so that the arithmetic does not know how the rows are stored.
+
+    Examples
+    --------
+    >>> tile_rows(101), tile_rows(11), tile_rows(1001)
+    (1024, 8192, 4096)
+    """
+    cached = TILE_BYTES // (8 * max(n_columns, 1))
+    return max(1 << (max(cached, 1).bit_length() - 1), 1 << (4 * n_columns - 1).bit_length())
+
+
+def tile_edges(start: int, stop: int, rows: int) -> list[Span]:
+    """Cut the rows [start, stop) where tiles of `rows` rows end.
+
+    Examples
+    --------
+    >>> tile_edges(3, 9, 4)
+    [Span(start=3, stop=4), Span(start=4, stop=8), Span(start=8, stop=9)]
+    """
+    edges = [start, *range((start // rows + 1) * rows, stop, rows), stop]
+    return [Span(a, b) for a, b in itertools.pairwise(edges) if a < b]
+
+
+def spans(n_rows: int, row_bytes: int, *, tile: int, chunks: Sequence[int], workers: int, whole_tiles: bool) -> list[Span]:
+    """Cut the rows into spans: few enough to schedule, enough to balance, ending where chunks end.
+
+    Parameters
+    ----------
+    n_rows, row_bytes : int
+        Rows of the dataset and decoded bytes of one.
+    tile : int
+        Rows in a tile.
+    chunks : sequence of int
+        Rows per chunk of each array that is read, the array with the most bytes first. Spans follow the edges that all share
+        when those are near enough, so that every chunk is decoded once; else the edges of the first array.
+    workers : int
+        Tasks that run at once.
+    whole_tiles : bool
+        Cut at power-of-two numbers of tiles instead, so that a span leaves one node of the merge tree; for many columns,
+        where open nodes cost more than decoding a chunk at the edge twice.
+
+    Examples
+    --------
+    >>> spans(1000, 2**20, tile=64, chunks=[100, 50], workers=2, whole_tiles=False)[:3]
+    [Span(start=0, stop=100), Span(start=100, stop=200), Span(start=200, stop=300)]
+    """
+    total = n_rows * row_bytes
+    wanted = min(max(total // (workers * SPANS_PER_WORKER), MIN_SPAN_BYTES), MAX_SPAN_BYTES)
+    wanted_rows = max(wanted // max(row_bytes, 1), -(-n_rows // MAX_SPANS), 1)
+    if whole_tiles:
+        rows = tile * 2 ** max(math.ceil(math.log2(wanted_rows / tile)), 0)
+    else:
+        shared = math.lcm(*chunks)
+        near_enough = [unit for unit in (math.lcm(shared, tile), shared) if unit <= wanted_rows]
+        unit = near_enough[0] if near_enough else chunks[0]
+        rows = unit * -(-wanted_rows // unit)
+    return [Span(start, min(start + rows, n_rows)) for start in range(0, n_rows, rows)]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a pass would do, computed before any row is read. All sizes in bytes.
+
+    Attributes
+    ----------
+    solver : str
+        What the pass feeds: the route of the solver, or what else it is for.
+    n_rows, n_features, n_targets : int
+        Size of the problem.
+    passes : int
+        Readings of all rows.
+    tile_rows, n_spans, n_tasks : int
+        Rows in a tile; spans, and tasks in all, merges included.
+    tasks_at_once : int
+        Tasks that run together: as many as there are workers, fewer where memory is short.
+    bytes_read : int
+        Decoded bytes of one pass.
+    base_bytes, task_bytes, result_bytes, peak_bytes : int
+        The interpreter and its imports; one running task; results that wait to be merged, and the solution; all together.
+    limit_bytes : int
+        What the peak was compared with.
+    limit_source : str
+        Where that limit comes from.
+    """
+
+    solver: str
+    n_rows: int
+    n_features: int
+    n_targets: int
+    passes: int
+    tile_rows: int
+    n_spans: int
+    n_tasks: int
+    tasks_at_once: int
+    bytes_read: int
+    base_bytes: int
+    task_bytes: int
+    result_bytes: int
+    peak_bytes: int
+    limit_bytes: int
+    limit_source: str
+
+    def __str__(self) -> str:
+        return "\n".join(
+            [
+                f"solver          {self.solver}",
+                f"rows            {self.n_rows:,} x {self.n_features} features, {self.n_targets} target(s)",
+                f"passes          {self.passes}, {format_bytes(self.bytes_read)} decoded in each",
+                f"tasks           {self.n_tasks:,} ({self.n_spans:,} spans), {self.tasks_at_once} at once",
+                f"tile            {self.tile_rows:,} rows",
+                f"memory, peak    {format_bytes(self.peak_bytes)} = {format_bytes(self.base_bytes)} for Python and imports"
+                f" + {self.tasks_at_once} x {format_bytes(self.task_bytes)} + {format_bytes(self.result_bytes)} of results",
+                f"memory, limit   {format_bytes(self.limit_bytes)} ({self.limit_source})",
+            ]
+        )
+
+
+def format_bytes(count: int) -> str:
+    """Return a number of bytes for people, in powers of 1,000.
+
+    Examples
+    --------
+    >>> format_bytes(52_428_800), format_bytes(999), format_bytes(3_200_000_000)
+    ('52.4 MB', '999 B', '3.2 GB')
+    """
+    size, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB", "PB"):
+        if size < 1000:
+            break
+        size, unit = size / 1000, larger
+    return f"{count} B" if unit == "B" else f"{size:.1f} {unit}"

@@ -1,0 +1,421 @@
+"""Dataset: features, targets, weights and names of rows wherever they live; lazy and picklable."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from streamlr.dataset.blocks import Block, Span, tile_edges, tile_rows
+from streamlr.dataset.dask_rows import DaskRows
+from streamlr.dataset.rows import MemoryRows, Rows
+from streamlr.dataset.zarr_rows import ZarrRows
+from streamlr.errors import DataError, NonFiniteValue, NoRows, RowCountMismatch, UnsupportedDtype, UsageError
+from streamlr.files import digest
+
+EXACT_INTEGERS = 2.0**53  # beyond it float64 skips integers
+MISSING_POLICIES = ("error", "drop")
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What a reading met besides the rows it kept; tallies of disjoint rows add up.
+
+    Attributes
+    ----------
+    rows : int
+        Rows read.
+    dropped : int
+        Rows left out because a value was missing.
+    dropped_by_column : mapping of str to int
+        For each column, how many of those rows lacked its value.
+    chunks_missing : int
+        Absent chunks read as fill values, where that was allowed.
+    rounded : frozenset of str
+        Columns with integers beyond 2**53, which float64 rounds.
+    """
+
+    rows: int = 0
+    dropped: int = 0
+    dropped_by_column: Mapping[str, int] = field(default_factory=dict)
+    chunks_missing: int = 0
+    rounded: frozenset[str] = frozenset()
+
+    def __add__(self, other: Tally) -> Tally:
+        names = sorted({*self.dropped_by_column, *other.dropped_by_column})
+        by_column = {name: self.dropped_by_column.get(name, 0) + other.dropped_by_column.get(name, 0) for name in names}
+        return Tally(
+            self.rows + other.rows,
+            self.dropped + other.dropped,
+            by_column,
+            self.chunks_missing + other.chunks_missing,
+            self.rounded | other.rounded,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Subset:
+    """Rows whose hashed position falls below `fraction` (or, with `complement`, does not)."""
+
+    fraction: float
+    seed: int
+    complement: bool
+
+    def holds(self, start: int, stop: int) -> NDArray[np.bool_]:
+        """Return, for each of the rows [start, stop), whether it belongs (splitmix64; Steele, Lea and Flood 2014, figure 15)."""
+        gamma = 0x9E3779B97F4A7C15
+        z = np.arange(start + 1, stop + 1, dtype=np.uint64) * np.uint64(gamma) + np.uint64(self.seed * gamma % 2**64)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        z ^= z >> np.uint64(31)
+        chosen = (z >> np.uint64(11)).astype(np.float64) * 2.0**-53 < self.fraction
+        return ~chosen if self.complement else chosen
+
+
+class Dataset:
+    """Rows of features, and perhaps targets and weights, of Dask, zarr or NumPy arrays; nothing is read until a pass.
+
+    Parameters
+    ----------
+    X : array, (n, p) or (n,)
+        Features, real numbers of any dtype: a NumPy, Dask or zarr array; each tile of rows is promoted to float64 by itself.
+    y : array, (n,) or (n, k), optional
+        Target or targets. None where only predictions are wanted.
+    weights : array, (n,), optional
+        Non-negative weights w_i in the cost (1/W) sum w_i (y_i - yhat_i)^2.
+    feature_names : sequence of p str, optional
+        Names of the features; x0, x1, ... by default.
+
+    Raises
+    ------
+    RowCountMismatch
+        X, y and weights do not have the same number of rows.
+    UnsupportedDtype
+        An array is not of real numbers.
+    NoRows
+        There are no rows.
+    UsageError
+        There are no columns, or names that do not fit, or a Dask array with chunks of unknown size.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> ds = Dataset(np.arange(6.0).reshape(3, 2), np.array([1.0, 2.0, 3.0]))
+    >>> ds.n_rows, ds.n_features, ds.feature_names, ds.target_names
+    (3, 2, ('x0', 'x1'), ('y',))
+    """
+
+    def __init__(self, X: Any, y: Any = None, weights: Any = None, feature_names: Sequence[str] | None = None) -> None:
+        features = as_rows(X, "X")
+        targets = () if y is None else (as_rows(y, "y"),)
+        weight_rows = None if weights is None else as_rows(weights, "weights")
+        names = default_names("x", features.n_columns) if feature_names is None else tuple(map(str, feature_names))
+        k = sum(rows.n_columns for rows in targets)
+        self._settle((features,), targets, weight_rows, names, ("y",) if k == 1 else default_names("y", k))
+
+    @classmethod
+    def of_rows(
+        cls,
+        features: Sequence[Rows],
+        targets: Sequence[Rows],
+        weights: Rows | None,
+        feature_names: Sequence[str],
+        target_names: Sequence[str],
+        *,
+        missing: str = "error",
+        coding: Mapping[str, Any] | None = None,
+    ) -> Dataset:
+        """Join `Rows` of several arrays into a dataset; what `open_dataset` ends with."""
+        dataset = cls.__new__(cls)
+        dataset._settle(tuple(features), tuple(targets), weights, tuple(feature_names), tuple(target_names))
+        dataset.missing = missing
+        dataset.coding = dict(coding or {})
+        return dataset
+
+    def _settle(
+        self,
+        features: tuple[Rows, ...],
+        targets: tuple[Rows, ...],
+        weights: Rows | None,
+        feature_names: tuple[str, ...],
+        target_names: tuple[str, ...],
+    ) -> None:
+        self.features, self.targets, self.weights = features, targets, weights
+        self.feature_names, self.target_names = feature_names, target_names
+        self.missing = "error"
+        self.coding: Mapping[str, Any] = {}
+        self.subsets: tuple[Subset, ...] = ()
+        width = sum(rows.n_columns for rows in features)
+        if width == 0:
+            raise UsageError("X has no columns: found 0 feature(s) where a minimum of 1 is required")
+        if len(feature_names) != width or len(set(feature_names)) != width:
+            raise UsageError(f"feature_names has {len(set(feature_names))} different names for {width} columns; give one each")
+        counts = {rows.label: rows.n_rows for rows in self.arrays}
+        if len(set(counts.values())) > 1:
+            listed = ", ".join(f"{label} has {count:,}" for label, count in counts.items())
+            raise RowCountMismatch(f"the arrays have different numbers of rows: {listed}; all must describe the same rows")
+        if weights is not None and weights.n_columns != 1:
+            raise UsageError(f"weights has {weights.n_columns} columns; allowed is one weight per row, shape (n,)")
+        self.stored_rows = features[0].n_rows
+        if self.stored_rows == 0:
+            raise NoRows("X has no rows: found array with 0 sample(s) while a minimum of 1 is required")
+
+    @property
+    def arrays(self) -> tuple[Rows, ...]:
+        """Features, targets and weights, as far as there are any."""
+        return (*self.features, *self.targets, *(() if self.weights is None else (self.weights,)))
+
+    @cached_property
+    def n_rows(self) -> int:
+        """Number of rows; for a part of a split, of that part."""
+        if not self.subsets:
+            return self.stored_rows
+        step = 2**20
+        return sum(int(self._chosen(a, min(a + step, self.stored_rows)).sum()) for a in range(0, self.stored_rows, step))
+
+    @property
+    def n_features(self) -> int:
+        """Number of features, p."""
+        return len(self.feature_names)
+
+    @property
+    def n_targets(self) -> int:
+        """Number of targets, k; 0 where there are none."""
+        return len(self.target_names)
+
+    @property
+    def tile_rows(self) -> int:
+        """Rows of a tile, from the number of columns alone."""
+        return tile_rows(self.n_features + self.n_targets)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes to decode for one row."""
+        return sum(rows.row_bytes for rows in self.arrays)
+
+    @property
+    def reader_bytes(self) -> int:
+        """Most bytes that one task holds while it reads: decoded chunks, and a tile with its kept rows and centred copy."""
+        tile = self.tile_rows * (self.n_features + self.n_targets + 2) * 8
+        return sum(rows.reader_bytes for rows in self.arrays) + 3 * tile
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of canonical metadata and, per chunk, its checksum in the manifest, else its size and time of change.
+
+        For Dask and NumPy arrays it is made from their tokens.
+        """
+        return self.current_fingerprint()
+
+    def current_fingerprint(self) -> str:
+        """Return the fingerprint of the rows as they are now."""
+        return digest(
+            {
+                "arrays": [rows.fingerprint() for rows in self.arrays],
+                "names": [self.feature_names, self.target_names],
+                "columns": [getattr(rows, "columns", None) for rows in self.arrays],
+                "missing": self.missing,
+                "subsets": [[subset.fraction, subset.seed, subset.complement] for subset in self.subsets],
+            }
+        )
+
+    def split(self, fraction: float, *, seed: int = 0) -> tuple[Dataset, Dataset]:
+        """Return (train, test), where a row's place depends on its position and the seed alone.
+
+        Parameters
+        ----------
+        fraction : float
+            Expected share of rows in the second part, between 0 and 1.
+        seed : int
+            Another seed, another split.
+
+        Raises
+        ------
+        UsageError
+            The fraction is not between 0 and 1, or the seed is negative.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> train, test = Dataset(np.zeros((1000, 1))).split(0.1, seed=0)
+        >>> train.n_rows + test.n_rows
+        1000
+        """
+        if not 0 < fraction < 1:
+            raise UsageError(f"the fraction is {fraction}; allowed are numbers between 0 and 1, for example 0.1")
+        if seed < 0:
+            raise UsageError(f"the seed is {seed}; allowed are integers from 0 on")
+        parts = []
+        for complement in (True, False):
+            part = copy.copy(self)
+            part.__dict__.pop("n_rows", None)
+            part.__dict__.pop("fingerprint", None)
+            part.subsets = (*self.subsets, Subset(fraction, seed, complement))
+            parts.append(part)
+        return parts[0], parts[1]
+
+    def without_targets(self) -> Dataset:
+        """Return the same rows to predict from: no targets, no weights."""
+        part = copy.copy(self)
+        part.__dict__.pop("fingerprint", None)
+        part.targets, part.weights, part.target_names = (), None, ()
+        return part
+
+    def keeping_places(self) -> Dataset:
+        """Return the dataset with rows that lack a value left in, as NaN, but counted as before."""
+        part = copy.copy(self)
+        part.missing = "keep"
+        return part
+
+    def with_rows(self, blocks: Sequence[Rows]) -> Dataset:
+        """Return the dataset with each array replaced by the computed rows of a task, in the order of `arrays`."""
+        part = copy.copy(self)
+        p, k = len(self.features), len(self.targets)
+        part.features, part.targets = tuple(blocks[:p]), tuple(blocks[p : p + k])
+        part.weights = None if self.weights is None else blocks[-1]
+        return part
+
+    def blocks(self, span: Span, report: Callable[[Tally], None]) -> Iterator[Block]:
+        """Read the rows of a span: blocks that end where tiles end, promoted, checked and with missing rows left out.
+
+        Parameters
+        ----------
+        span : Span
+            Rows to read.
+        report : callable
+            Called with the tally of each block before it is yielded; may raise to stop the reading.
+
+        Yields
+        ------
+        Block
+            Valid until the next one is asked for: its memory is used again.
+        """
+        readers = [rows.reader() for rows in self.arrays]
+        columns = np.empty((min(self.tile_rows, span.stop - span.start), self.n_features + self.n_targets))
+        weights = None if self.weights is None else np.empty((len(columns), 1))
+        places = self._places(columns, weights)
+        missing_before = 0
+        for piece in tile_edges(span.start, span.stop, self.tile_rows):
+            height = piece.stop - piece.start
+            for reader, place in zip(readers, places, strict=True):
+                reader.read_into(place[:height], piece.start)
+            w = None if weights is None else weights[:height, 0]
+            rounded = self._rounded(columns[:height], w)
+            block, dropped, by_column = self._checked(piece, columns[:height], w)
+            chunks_missing = sum(reader.chunks_missing for reader in readers)
+            report(Tally(height, dropped, by_column, chunks_missing - missing_before, rounded))
+            missing_before = chunks_missing
+            yield block
+
+    def _places(self, columns: NDArray[np.float64], weights: NDArray[np.float64] | None) -> list[NDArray[np.float64]]:
+        """Which columns of the tile each array fills."""
+        places, at = [], 0
+        for rows in (*self.features, *self.targets):
+            places.append(columns[:, at : at + rows.n_columns])
+            at += rows.n_columns
+        return places if weights is None else [*places, weights]
+
+    def _checked(
+        self, piece: Span, columns: NDArray[np.float64], weights: NDArray[np.float64] | None
+    ) -> tuple[Block, int, dict[str, int]]:
+        positions: NDArray[np.int64] | None = None
+        if self.subsets:
+            positions = np.flatnonzero(self._chosen(piece.start, piece.stop))
+            columns, weights = columns[positions], None if weights is None else weights[positions]
+        dropped = 0
+        by_column: dict[str, int] = {}
+        with np.errstate(all="ignore"):  # one product tells whether all is finite; only then is the place looked for
+            sums = np.ones(len(columns)) @ columns
+        if not np.isfinite(sums).all() or (weights is not None and not np.isfinite(weights.sum())):
+            columns, weights, dropped, by_column = self._without_missing(piece, positions, columns, weights)
+        if weights is not None and (weights < 0).any():
+            row = _row(piece, positions, int(np.argmax(weights < 0)))
+            raise DataError(f"row {row:,} has the weight {weights[np.argmax(weights < 0)]!r}; allowed are finite numbers from 0 on")
+        return Block(piece.start, piece.stop, columns, weights, self.n_features), dropped, by_column
+
+    def _without_missing(
+        self, piece: Span, positions: NDArray[np.int64] | None, columns: NDArray[np.float64], weights: NDArray[np.float64] | None
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64] | None, int, dict[str, int]]:
+        everything = columns if weights is None else np.column_stack([columns, weights])
+        names = (*self.feature_names, *self.target_names, "weights")
+        refused = ~np.isfinite(everything) if self.missing == "error" else np.isinf(everything)
+        if refused.any():
+            i, j = (int(number) for number in np.argwhere(refused)[0])
+            remedy = (
+                "leave such rows out with missing='drop' (--missing drop), or repair the data"
+                if np.isnan(everything[i, j])
+                else "repair the data: an infinity is not a missing value"
+            )
+            row = _row(piece, positions, i)
+            raise NonFiniteValue(
+                f"row {row:,}, column {names[j]!r} is {everything[i, j]} (NaN or infinity is not allowed); {remedy}"
+            )
+        lacking = np.isnan(everything)
+        keep = ~lacking.any(axis=1)
+        dropped = int((~keep).sum())
+        by_column = {names[j]: int(count) for j, count in enumerate(lacking.sum(axis=0)) if count}
+        if self.missing == "keep":
+            return columns, weights, dropped, by_column
+        return columns[keep], None if weights is None else weights[keep], dropped, by_column
+
+    def _chosen(self, start: int, stop: int) -> NDArray[np.bool_]:
+        chosen = np.ones(stop - start, dtype=np.bool_)
+        for subset in self.subsets:
+            chosen &= subset.holds(start, stop)
+        return chosen
+
+    def _rounded(self, columns: NDArray[np.float64], weights: NDArray[np.float64] | None) -> frozenset[str]:
+        """Columns of 64-bit integers in which this tile has one that float64 cannot hold."""
+        names: set[str] = set()
+        at = 0
+        for rows in (*self.features, *self.targets):
+            if rows.dtype.kind in "iu" and rows.dtype.itemsize == 8:
+                beyond = (np.abs(columns[:, at : at + rows.n_columns]) > EXACT_INTEGERS).any(axis=0)
+                names.update((*self.feature_names, *self.target_names)[at + j] for j in np.flatnonzero(beyond))
+            at += rows.n_columns
+        return frozenset(names)
+
+
+def as_rows(array: Any, label: str) -> Rows:
+    """Return a Dask, zarr or NumPy array (or what NumPy can make one of) as `Rows`, a 1-D array as one column."""
+    if isinstance(array, zarr.Array):
+        return ZarrRows(array, label)
+    if hasattr(array, "__dask_graph__"):
+        import dask.array as da
+
+        if not isinstance(array, da.Array):
+            array = array.to_dask_array()
+        return DaskRows(_two_dimensional(array, label), label)
+    values = np.asarray(array)
+    if values.dtype.kind == "O":
+        raise UnsupportedDtype(f"{label} has dtype object; allowed are real numbers: convert it with astype(float) first")
+    return MemoryRows(_two_dimensional(values, label), label)
+
+
+def default_names(stem: str, count: int) -> tuple[str, ...]:
+    """Return the names of columns that have none.
+
+    Examples
+    --------
+    >>> default_names("x", 3)
+    ('x0', 'x1', 'x2')
+    """
+    return tuple(f"{stem}{number}" for number in range(count))
+
+
+def _two_dimensional(array: Any, label: str) -> Any:
+    if array.ndim == 1:
+        return array[:, None]
+    if array.ndim != 2:
+        raise UsageError(f"{label} has {array.ndim} dimensions; allowed are 1 (a column) and 2 (rows and columns)")
+    return array
+
+
+def _row(piece: Span, positions: NDArray[np.int64] | None, number: int) -> int:
+    return piece.start + (number if positions is None else int(positions[number]))

@@ -1,0 +1,149 @@
+"""What the dataset asks of an array, wherever it lives; and arrays that are in memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamlr.errors import UnsupportedDtype
+
+NUMERIC_KINDS = "biuf"
+
+
+class Reader(Protocol):
+    """Reads rows in order; holds the chunk it stands in, so that each chunk is decoded once."""
+
+    chunks_missing: int
+
+    def read_into(self, out: NDArray[np.float64], start: int) -> None:
+        """Fill `out` (m, c) with the rows start, ..., start + m - 1, promoted to float64."""
+        ...
+
+
+class Rows(Protocol):
+    """Some columns of one array, of which `Reader`s can be made; small and picklable."""
+
+    @property
+    def label(self) -> str:
+        """Name of the array, for messages."""
+        ...
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of the array."""
+        ...
+
+    @property
+    def n_columns(self) -> int:
+        """Columns that are read."""
+        ...
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Stored dtype."""
+        ...
+
+    @property
+    def chunk_rows(self) -> int:
+        """Rows of a chunk."""
+        ...
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes to decode for one row."""
+        ...
+
+    @property
+    def reader_bytes(self) -> int:
+        """Most bytes that a reader holds at once."""
+        ...
+
+    def reader(self) -> Reader:
+        """Return a reader of these rows."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Return a digest that changes when the rows may have changed."""
+        ...
+
+
+def check_dtype(dtype: np.dtype[Any], label: str) -> None:
+    """Raise unless `dtype` is one of real numbers that float64 can hold."""
+    if dtype.kind not in NUMERIC_KINDS or dtype.itemsize > 8:
+        advice = {
+            "M": "convert times to numbers, for example seconds since a fixed moment",
+            "m": "convert durations to numbers, for example seconds",
+            "c": "split complex numbers into real and imaginary columns",
+        }.get(dtype.kind, "code text and categories as numbers first, for example with `streamlr ingest --formula`")
+        raise UnsupportedDtype(
+            f"array {label!r} has dtype {dtype}; allowed are integers, bool and float16 to float64 (no NaN-able objects): {advice}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryRows:
+    """Columns of a NumPy array; the array's first row is row `offset` of the dataset."""
+
+    array: NDArray[Any]
+    label: str
+    offset: int = 0
+
+    def __post_init__(self) -> None:
+        check_dtype(self.array.dtype, self.label)
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of the array."""
+        return self.offset + int(self.array.shape[0])
+
+    @property
+    def n_columns(self) -> int:
+        """Columns of the array."""
+        return int(self.array.shape[1])
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Dtype of the array."""
+        return self.array.dtype
+
+    @property
+    def chunk_rows(self) -> int:
+        """One row: spans of an array in memory may end anywhere."""
+        return 1
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return self.n_columns * self.dtype.itemsize
+
+    @property
+    def reader_bytes(self) -> int:
+        """Nothing is held but the array, which is there already."""
+        return 0
+
+    def reader(self) -> MemoryReader:
+        """Return a reader of these rows."""
+        return MemoryReader(self.array, self.offset)
+
+    def fingerprint(self) -> str:
+        """Return Dask's token of the array: a hash of its contents."""
+        from dask.base import tokenize
+
+        return str(tokenize(self.array))
+
+
+class MemoryReader:
+    """Copies rows out of a NumPy array."""
+
+    def __init__(self, array: NDArray[Any], offset: int) -> None:
+        self.array = array
+        self.offset = offset
+        self.chunks_missing = 0
+
+    def read_into(self, out: NDArray[np.float64], start: int) -> None:
+        """Fill `out` with the rows from `start` on."""
+        first = start - self.offset
+        out[...] = self.array[first : first + len(out)]

@@ -1,0 +1,1 @@
+"""Strategy A: the closed form; pure functions of statistics."""

@@ -1,0 +1,1 @@
+"""The only floor that schedules work on Dask: every row once."""

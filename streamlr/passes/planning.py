@@ -1,0 +1,141 @@
+"""The plan of a pass: its spans, its tasks and its memory, in integers, before any row is read."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import dask
+import dask.base
+from dask.system import CPU_COUNT
+
+from streamlr.aggregates.tree import Statistic, open_nodes
+from streamlr.dataset.blocks import Plan, Span, format_bytes, spans
+from streamlr.dataset.dask_rows import DaskRows
+from streamlr.dataset.dataset import Dataset
+from streamlr.errors import MemoryLimitExceeded
+from streamlr.passes.memory import memory_in_use, memory_limit
+
+FAN_IN = 4  # partials that one merging task joins
+OPEN_BYTES = 32 * 2**20  # what a span may leave; more, and it is cut at powers of two of tiles, to leave one node
+
+
+def plan_pass(
+    dataset: Dataset, statistic: Statistic[Any], *, task: str, memory: int | str | None, solution_bytes: int = 0
+) -> tuple[Plan, list[Span]]:
+    """Plan a reduction: as many tasks at once as there are workers and as memory allows.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        What will be read.
+    statistic : Statistic
+        What will be made of it.
+    task : str
+        What the pass is for.
+    memory : int, str or None
+        The limit; see `memory_limit`.
+    solution_bytes : int
+        What the solver needs afterwards.
+
+    Raises
+    ------
+    MemoryLimitExceeded
+        Not even one task at a time fits; the message has the numbers and a remedy.
+    """
+    workers = worker_count()
+    tile_bytes = dataset.tile_rows * (dataset.n_features + dataset.n_targets) * 8
+    whole_tiles = 12 * statistic.nbytes + 2 * tile_bytes > OPEN_BYTES
+    lazy = [rows for rows in dataset.arrays if isinstance(rows, DaskRows)]
+    if lazy:
+        cut = block_spans(max(lazy, key=lambda rows: rows.row_bytes))
+    else:
+        heaviest_first = sorted(dataset.arrays, key=lambda rows: -rows.row_bytes)
+        chunks = [rows.chunk_rows for rows in heaviest_first]
+        cut = spans(
+            dataset.stored_rows,
+            dataset.row_bytes,
+            tile=dataset.tile_rows,
+            chunks=chunks,
+            workers=workers,
+            whole_tiles=whole_tiles,
+        )
+    tiles = -(-max(span.stop - span.start for span in cut) // dataset.tile_rows) + 1
+    nodes = 1 if whole_tiles and not lazy else open_nodes(tiles)
+    left = nodes * statistic.nbytes + (0 if whole_tiles and not lazy else 2 * tile_bytes)
+    merges, level, waiting = 0, len(cut), 0
+    while level > 1:
+        level = -(-level // FAN_IN)
+        merges += level
+        waiting += FAN_IN - 1
+    task_bytes = dataset.reader_bytes + left + 2 * statistic.nbytes
+    waiting_bytes = min(waiting, len(cut)) * left
+    plan = make_plan(
+        dataset,
+        cut,
+        task=task,
+        merges=merges,
+        task_bytes=task_bytes,
+        result_bytes=max(waiting_bytes, solution_bytes),
+        memory=memory,
+    )
+    return plan, cut
+
+
+def make_plan(
+    dataset: Dataset, cut: list[Span], *, task: str, merges: int, task_bytes: int, result_bytes: int, memory: int | str | None
+) -> Plan:
+    """Return the plan of these spans with as many tasks at once as the limit allows, or raise `MemoryLimitExceeded`."""
+    limit, source = memory_limit(memory)
+    base = memory_in_use(source)
+    room = limit - base - result_bytes
+    at_once = min(worker_count(), len(cut), max(room, 0) // task_bytes)
+    if at_once < 1:
+        raise MemoryLimitExceeded(
+            f"one task at a time needs {format_bytes(base + result_bytes + task_bytes)} ({format_bytes(base)} for Python, "
+            f"{format_bytes(task_bytes)} for decoded chunks and tiles, {format_bytes(result_bytes)} for results and the solution "
+            f"of {dataset.n_features:,} columns), and the limit is {format_bytes(limit)} ({source}); raise memory_limit "
+            "(--memory-limit), rewrite the store with smaller chunks, or use fewer columns"
+        )
+    return Plan(
+        solver=task,
+        n_rows=dataset.stored_rows,
+        n_features=dataset.n_features,
+        n_targets=dataset.n_targets,
+        passes=1,
+        tile_rows=dataset.tile_rows,
+        n_spans=len(cut),
+        n_tasks=len(cut) + merges,
+        tasks_at_once=at_once,
+        bytes_read=dataset.stored_rows * dataset.row_bytes,
+        base_bytes=base,
+        task_bytes=task_bytes,
+        result_bytes=result_bytes,
+        peak_bytes=base + result_bytes + at_once * task_bytes,
+        limit_bytes=limit,
+        limit_source=source,
+    )
+
+
+def block_spans(rows: DaskRows) -> list[Span]:
+    """Return one span for each row of blocks of a Dask array."""
+    cut, start = [], 0
+    for size in rows.array.chunks[0]:
+        if size:
+            cut.append(Span(start, start + int(size)))
+            start += int(size)
+    return cut
+
+
+def worker_count() -> int:
+    """Return how many tasks Dask would run at once: its `num_workers`, else one for each processor this process may use."""
+    if is_threaded():
+        return int(dask.config.get("num_workers", None) or CPU_COUNT or 1)
+    scheduler = dask.base.get_scheduler()
+    return 1 if getattr(scheduler, "__name__", "") == "get_sync" else int(CPU_COUNT or os.cpu_count() or 1)
+
+
+def is_threaded() -> bool:
+    """Whether Dask's ambient scheduler is the threaded one, which is what it is when nobody chose another."""
+    scheduler = dask.base.get_scheduler()
+    return scheduler is None or getattr(scheduler, "__module__", "") == "dask.threaded"

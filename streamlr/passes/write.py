@@ -1,0 +1,136 @@
+"""write(): every row once, to rows of another store."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import zarr
+from dask.delayed import delayed
+from numpy.typing import NDArray
+from zarr.codecs import Crc32cCodec, ZstdCodec
+
+from streamlr.dataset.blocks import Block, Plan, Span, spans
+from streamlr.dataset.dask_rows import DaskRows
+from streamlr.dataset.dataset import Dataset, Tally
+from streamlr.dataset.rows import MemoryRows
+from streamlr.errors import UsageError
+from streamlr.files import publish
+from streamlr.passes.memory import one_blas_thread
+from streamlr.passes.planning import make_plan, worker_count
+from streamlr.passes.progress import Callback, find_pass, running_pass
+from streamlr.passes.reduce import begin, compute, end, span_tasks, with_blocks
+
+CHUNK_ROWS = 65_536  # of the output, where the input has no chunks
+Function = Callable[[Block], NDArray[np.float64]]
+
+
+def write(
+    dataset: Dataset,
+    function: Function,
+    path: str | os.PathLike[str],
+    *,
+    name: str,
+    n_columns: int,
+    overwrite: bool = False,
+    memory_limit: int | str | None = None,
+    progress: Callback | None = None,
+) -> Tally:
+    """Apply a function to every row and write what it returns to a new zarr group, which appears when it is complete.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        The rows. One with `missing="drop"` keeps every row's place: a row with a missing value gives NaN, and is counted.
+    function : callable
+        From a `Block` of m rows to (m, n_columns) float64.
+    path : path
+        The group to write, with the one array `name` in chunks of as many rows as X has.
+    name : str
+        Name of the array; also what the pass is called.
+    n_columns : int
+        Columns of the result; one gives a 1-D array.
+    overwrite : bool
+        Replace what is at `path`.
+    memory_limit, progress
+        As for `reduce`.
+
+    Raises
+    ------
+    OutputExists
+        There is something at `path`.
+    UsageError
+        The dataset is a part of a split, whose rows have no places of their own.
+    MemoryLimitExceeded, DataError
+        As for `reduce`; nothing is left at `path` then.
+    """
+    if dataset.subsets:
+        raise UsageError("a part of a split has no row order of its own to write; use the whole dataset")
+    rows = dataset.features[0]
+    chunk = CHUNK_ROWS if isinstance(rows, MemoryRows) else rows.chunk_rows
+    chunk = min(chunk, dataset.stored_rows)
+    plan, cut = _plan(dataset, name, chunk, n_columns, memory_limit)
+    before = begin(dataset)
+    with (
+        publish(path, overwrite=overwrite) as beside,
+        running_pass(name, dataset.stored_rows, dataset.row_bytes, progress) as key,
+    ):
+        array = zarr.open_group(str(beside), mode="w").create_array(
+            name,
+            shape=(dataset.stored_rows,) if n_columns == 1 else (dataset.stored_rows, n_columns),
+            chunks=(chunk,) if n_columns == 1 else (chunk, n_columns),
+            dtype="float64",
+            compressors=[ZstdCodec(level=0), Crc32cCodec()],
+            fill_value=np.nan,
+            config={"write_empty_chunks": True},
+        )
+        if dataset.missing == "drop":
+            dataset = dataset.keeping_places()
+        tasks = span_tasks(dataset, cut, name, write_span, (function, array, key))
+        tallies = compute(delayed(list)(tasks), plan.tasks_at_once)
+        tally = sum(tallies, Tally())
+        end(dataset, before, tally)
+    return tally
+
+
+def write_span(dataset: Dataset, span: Span, function: Function, array: zarr.Array[Any], key: str, *lazy: Any) -> Tally:
+    """Task: write the rows of one span, which starts where a chunk of the output starts, chunk by chunk."""
+    state = find_pass(key)
+    total = Tally()
+
+    def report(tally: Tally) -> None:
+        nonlocal total
+        total += tally
+        if state is not None:
+            state.note(tally)
+
+    chunk = array.chunks[0]
+    buffer = np.empty((min(chunk, span.stop - span.start), *array.shape[1:]))
+    flat = buffer.reshape(len(buffer), -1)
+    with one_blas_thread():
+        for block in with_blocks(dataset, span, lazy).blocks(span, report):
+            values = function(block)
+            done = 0
+            while done < len(values):
+                row = block.start + done
+                first = row - row % chunk
+                take = min(first + chunk - row, len(values) - done)
+                flat[row - first : row - first + take] = values[done : done + take]
+                done += take
+                if row + take == min(first + chunk, span.stop):
+                    array[first : row + take] = buffer[: row + take - first]
+    return total
+
+
+def _plan(dataset: Dataset, name: str, chunk: int, n_columns: int, memory: int | str | None) -> tuple[Plan, list[Span]]:
+    """Plan spans that start where chunks of the output start; a Dask array is cut at every one, to hold one block in memory."""
+    n = dataset.stored_rows
+    if any(isinstance(rows, DaskRows) for rows in dataset.arrays):
+        cut = [Span(start, min(start + chunk, n)) for start in range(0, n, chunk)]
+    else:
+        tile, workers = dataset.tile_rows, worker_count()
+        cut = spans(n, dataset.row_bytes, tile=tile, chunks=[chunk], workers=workers, whole_tiles=False)
+    task_bytes = dataset.reader_bytes + 3 * chunk * n_columns * 8  # the buffer, zarr's copy of it, and its compressed bytes
+    return make_plan(dataset, cut, task=name, merges=0, task_bytes=task_bytes, result_bytes=0, memory=memory), cut
