@@ -1,0 +1,79 @@
+"""verify: every chunk once, to the list of those that are missing or damaged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dask.delayed import delayed
+
+from streamlr.dataset.blocks import MAX_SPANS, MIN_SPAN_BYTES, Span
+from streamlr.dataset.dataset import Tally
+from streamlr.dataset.zarr_rows import ZarrRows
+from streamlr.errors import DataError
+from streamlr.passes.planning import worker_count
+from streamlr.passes.progress import Callback, find_pass, running_pass
+from streamlr.passes.reduce import compute
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A chunk that cannot be what was written.
+
+    Attributes
+    ----------
+    array : str
+        Name of the array.
+    chunk : str
+        Position of the chunk, such as "3.0".
+    kind : str
+        Name of the error that reading it would raise.
+    message : str
+        What is wrong, and what to do.
+    """
+
+    array: str
+    chunk: str
+    kind: str
+    message: str
+
+
+def verify_chunks(arrays: Sequence[ZarrRows], progress: Callback | None) -> tuple[int, list[Problem]]:
+    """Read and check every chunk; return how many there are, and the problems in order of array and position.
+
+    Parameters
+    ----------
+    arrays : sequence of ZarrRows
+        Whole arrays.
+    progress : callable, optional
+        Called with an `Event` at every row of chunks.
+    """
+    total = sum(rows.n_rows for rows in arrays)
+    row_bytes = sum(rows.n_rows * rows.row_bytes for rows in arrays) // max(total, 1)
+    with running_pass("verify", total, row_bytes, progress) as key:
+        tasks = []
+        for rows in arrays:
+            height = rows.array.chunks[0]
+            n_row_chunks = -(-rows.n_rows // height)
+            each = max(MIN_SPAN_BYTES // max(height * rows.row_bytes, 1), -(-n_row_chunks // (MAX_SPANS // len(arrays))), 1)
+            for first in range(0, n_row_chunks, each):
+                tasks.append(delayed(check_rows_of_chunks)(rows, Span(first, min(first + each, n_row_chunks)), key))
+        found = compute(delayed(list)(tasks), worker_count()) if tasks else []
+    return sum(count for count, _ in found), [problem for _, problems in found for problem in problems]
+
+
+def check_rows_of_chunks(rows: ZarrRows, row_chunks: Span, key: str) -> tuple[int, list[Problem]]:
+    """Task: check the chunks in some rows of chunks of one array."""
+    state, reader = find_pass(key), rows.reader()
+    height = rows.array.chunks[0]
+    count = 0
+    problems: list[Problem] = []
+    for position in rows.positions(row_chunks.start, row_chunks.stop):
+        count += 1
+        try:
+            reader.chunk(position)
+        except DataError as error:
+            problems.append(Problem(rows.label, ".".join(map(str, position)), type(error).__name__, str(error)))
+        if state is not None and position[1:] in ((), (0,)):
+            state.note(Tally(rows=min(height, rows.n_rows - position[0] * height)))
+    return count, problems
