@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.stats
+from scipy.special import stdtr, stdtrit  # Student's t; scipy.stats would take half a second to import
 from numpy.typing import NDArray
 
 from streamlr.aggregates.moments import Moments
@@ -64,8 +64,8 @@ def t_table(coef: Array, std_err: Array, df: int, level: float) -> tuple[Array, 
     """Return t values, two-sided p values and confidence intervals (m, 2) of coefficients and their standard errors, both (m,)."""
     with np.errstate(divide="ignore", invalid="ignore"):
         t = coef / std_err
-    p = 2 * scipy.stats.t.sf(np.abs(t), df) if df else np.full_like(t, np.nan)
-    half = std_err * (scipy.stats.t.ppf(0.5 + level / 2, df) if df else np.nan)
+    p = 2 * stdtr(df, -np.abs(t)) if df else np.full_like(t, np.nan)
+    half = std_err * (stdtrit(df, 0.5 + level / 2) if df else np.nan)
     return t, p, np.column_stack([coef - half, coef + half])
 
 

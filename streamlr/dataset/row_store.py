@@ -1,0 +1,176 @@
+"""A store of rows, written a chunk at a time: zarr v3, each chunk ended by its checksum, unfinished until it is sealed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.codecs import Crc32cCodec, ZstdCodec
+
+from streamlr.dataset.integrity import ATTRIBUTE, seal
+from streamlr.errors import NoRows, UsageError
+
+CHUNK_BYTES = 16 * 2**20
+LEAST_ROWS, MOST_ROWS = 2**10, 2**20
+LARGEST_CHUNK_BYTES = 2**31 - 1
+COMPRESSION_LEVEL = 1
+
+
+class RowStoreWriter:
+    """Append rows to a new store; `finish` seals it. Before that, whoever reads the store finds that it is unfinished.
+
+    Parameters
+    ----------
+    path : path
+        Where to make the zarr group; nothing may be there. Within `streamlr.files.publish`, it appears only when whole.
+    features, targets : sequence of str
+        Names of the columns of X and y. No targets: the store holds X alone.
+    weights : bool
+        Whether each row comes with a weight.
+    rows_per_chunk : int, optional
+        Rows in a chunk of every array. Default: `default_rows_per_chunk`, or fewer when all rows fit in less.
+
+    Raises
+    ------
+    UsageError
+        No feature, or chunks of no rows or too many bytes.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> writer = RowStoreWriter(Path(folder.name) / "rows.zarr", features=["a", "b"], targets=["y"])
+    >>> writer.append(np.ones((3, 2)), np.arange(3.0))
+    >>> writer.finish()
+    >>> zarr.open_group(Path(folder.name) / "rows.zarr", mode="r")["y"][:].tolist()
+    [0.0, 1.0, 2.0]
+    >>> folder.cleanup()
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        features: Sequence[str],
+        targets: Sequence[str] = (),
+        weights: bool = False,
+        rows_per_chunk: int | None = None,
+    ) -> None:
+        if not features:
+            raise UsageError("a store needs at least one feature column; name one")
+        check_rows_per_chunk(rows_per_chunk, len(features))
+        self._path = Path(path)
+        self._features, self._targets = list(features), list(targets)
+        self._given_rows = rows_per_chunk
+        self.rows_per_chunk = rows_per_chunk or default_rows_per_chunk(len(features))
+        self.n_rows = 0
+        shapes: dict[str, tuple[int, ...]] = {"X": (len(features),)}
+        if targets:
+            shapes["y"] = () if len(targets) == 1 else (len(targets),)
+        if weights:
+            shapes["weights"] = ()
+        self._buffers = {name: np.empty((self.rows_per_chunk, *shape)) for name, shape in shapes.items()}
+        self._filled = 0
+        self._arrays: dict[str, zarr.Array[Any]] = {}
+        self._group = zarr.create_group(str(self._path), zarr_format=3, attributes={ATTRIBUTE: {"complete": False}})
+
+    def append(
+        self, x: NDArray[np.float64], y: NDArray[np.float64] | None = None, weights: NDArray[np.float64] | None = None
+    ) -> None:
+        """Add m rows, however many.
+
+        Parameters
+        ----------
+        x : (m, p) float64
+            Features.
+        y : (m,) or (m, k) float64, optional
+            Targets, when the store has any.
+        weights : (m,) float64, optional
+            Weights, when the store has them.
+        """
+        given = {"X": x, "y": y, "weights": weights}
+        rows = {
+            name: np.reshape(array, (len(x), *self._buffers[name].shape[1:])) for name, array in given.items() if array is not None
+        }
+        if rows.keys() != self._buffers.keys():
+            raise UsageError(f"this store takes {', '.join(self._buffers)}, but rows came with {', '.join(rows)}")
+        start = 0
+        while start < len(x):
+            stop = min(len(x), start + self.rows_per_chunk - self._filled)
+            for name, buffer in self._buffers.items():
+                buffer[self._filled : self._filled + stop - start] = rows[name][start:stop]
+            self._filled += stop - start
+            start = stop
+            if self._filled == self.rows_per_chunk:
+                self._write_chunk()
+
+    def finish(self, *, coding: Mapping[str, Any] | None = None, counts: Mapping[str, Any] | None = None) -> None:
+        """Write the last rows, then the manifest and the success marker.
+
+        Parameters
+        ----------
+        coding, counts : mapping, optional
+            JSON values for the seal: how tables were coded, and how many rows were read and dropped.
+
+        Raises
+        ------
+        NoRows
+            Nothing was appended.
+        """
+        if not self.n_rows and not self._filled:
+            raise NoRows(f"no row was given to write to {self._path}")
+        if self._given_rows is None and not self.n_rows:
+            self.rows_per_chunk = max(LEAST_ROWS, 1 << (self._filled - 1).bit_length())
+        if self._filled:
+            self._write_chunk()
+        seal(self._path, features=self._features, targets=self._targets, coding=coding or {}, counts=counts or {})
+
+    def _write_chunk(self) -> None:
+        start, self.n_rows = self.n_rows, self.n_rows + self._filled
+        for name, buffer in self._buffers.items():
+            if name not in self._arrays:
+                self._arrays[name] = self._create(name, buffer.shape[1:])
+            self._arrays[name].resize((self.n_rows, *buffer.shape[1:]))
+            self._arrays[name][start : self.n_rows] = buffer[: self._filled]
+        self._filled = 0
+
+    def _create(self, name: str, shape: tuple[int, ...]) -> zarr.Array[Any]:
+        array: zarr.Array[Any] = self._group.create_array(
+            name,
+            shape=(0, *shape),
+            chunks=(self.rows_per_chunk, *shape),
+            dtype="float64",
+            compressors=[ZstdCodec(level=COMPRESSION_LEVEL), Crc32cCodec()],
+            fill_value=np.nan,  # should a chunk ever be lost, nobody takes the gap for numbers
+            dimension_names=("row", "feature" if name == "X" else "target")[: 1 + len(shape)],
+            config={"write_empty_chunks": True},
+        )
+        return array
+
+
+def default_rows_per_chunk(n_features: int) -> int:
+    """Return the rows in a chunk of about 16 MB of X: a power of two, at least 1,024 and at most 1,048,576.
+
+    Examples
+    --------
+    >>> default_rows_per_chunk(23), default_rows_per_chunk(1), default_rows_per_chunk(100_000)
+    (65536, 1048576, 1024)
+    """
+    rows = CHUNK_BYTES // (8 * n_features)
+    return min(MOST_ROWS, max(LEAST_ROWS, 1 << max(0, rows.bit_length() - 1)))
+
+
+def check_rows_per_chunk(rows: int | None, n_features: int) -> None:
+    """Raise unless a chunk of that many rows can be written."""
+    if rows is None:
+        return
+    most = max(1, LARGEST_CHUNK_BYTES // (8 * n_features))
+    if not isinstance(rows, int) or isinstance(rows, bool) or not 1 <= rows <= most:
+        raise UsageError(
+            f"rows_per_chunk is {rows!r}; it should be an integer from 1 to {most:,} for {n_features:,} columns (2 GB a chunk)"
+        )
