@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from streamlr.aggregates.cost import Cost, ResidualsOf, cost_of_moments
@@ -19,7 +17,7 @@ from streamlr.errors import PrecisionWarning, RankWarning, UsageError
 from streamlr.model import FittedModel
 from streamlr.passes.memory import one_blas_thread
 from streamlr.passes.planning import plan_pass
-from streamlr.passes.progress import Callback, progress_bar
+from streamlr.passes.progress import Callback, shown
 from streamlr.passes.reduce import Reduced, reduce
 from streamlr.passes.write import write
 
@@ -183,7 +181,7 @@ def evaluate(model: FittedModel, dataset: Dataset, *, memory_limit: int | str | 
     if dataset.n_targets != len(model.target_names):
         raise UsageError(f"the data have {dataset.n_targets} target(s), the model {len(model.target_names)}; name as many")
     statistic = ResidualsOf(model.coef_matrix, model.intercept_vector, model.target_names)
-    with _callback(progress) as callback:
+    with shown(progress) as callback:
         return reduce(dataset, statistic, task="cost", memory_limit=memory_limit, progress=callback).value.cost()
 
 
@@ -235,7 +233,7 @@ def predict(
     def function(block: Block) -> Any:
         return model.predict_block(block.x)
 
-    with _callback(progress) as callback:
+    with shown(progress) as callback:
         return write(
             dataset.without_targets(),
             function,
@@ -285,7 +283,7 @@ def as_direct(solver: str | Direct) -> Direct:
 def _moments(dataset: Dataset, memory_limit: int | str | None, progress: Progress) -> Reduced[Moments]:
     statistic = MomentsOf(dataset.feature_names, dataset.target_names)
     needed = solve_bytes(dataset.n_features, dataset.n_targets)
-    with _callback(progress) as callback:
+    with shown(progress) as callback:
         return reduce(dataset, statistic, task="moments", memory_limit=memory_limit, solution_bytes=needed, progress=callback)
 
 
@@ -345,14 +343,3 @@ def _warn_rounded(tally: Tally) -> None:
             PrecisionWarning,
             stacklevel=3,
         )
-
-
-@contextmanager
-def _callback(progress: Progress) -> Iterator[Callback | None]:
-    if callable(progress):
-        yield progress
-    elif progress:
-        with progress_bar() as callback:
-            yield callback
-    else:
-        yield None

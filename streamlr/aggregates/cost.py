@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from streamlr.aggregates.moments import Moments, MomentsOf
+from streamlr.aggregates.moments import CONSTANT, Moments, MomentsOf
 from streamlr.dataset.blocks import Block
 from streamlr.errors import NoRows
 
 Number = float | NDArray[np.float64]
+BUFFER = 4096  # NumPy's iterator cuts longer rows where its buffer of 8,192 numbers ends, which depends on the rows before
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -24,10 +25,10 @@ class Cost:
     Attributes
     ----------
     mse : float or (k,) float64
-        J, in squared units of the target; one per target where there are several.
+        J, in squared units of the target; one per target where there are several. Infinite where that is beyond float64.
     r2 : float or (k,) float64
         Share of the variance about the weighted mean that is explained, with an intercept or without. For a constant target it is 1
-        when every row is met exactly, else 0, as in scikit-learn.
+        when every row is met, to rounding, else 0, as in scikit-learn.
     n : int
         Rows.
     mae : float, (k,) float64 or None
@@ -65,22 +66,25 @@ class Residuals:
 
     Attributes
     ----------
-    squares, magnitudes : (k,) float64
-        sum w_i r_i^2 and sum w_i |r_i| of the residuals r_i = y_i - b0 - x_i'b.
-    targets : Moments
-        Moments of the targets alone, for R^2.
+    magnitudes : (k,) float64
+        sum w_i |r_i| of the residuals r_i = y_i - b0 - x_i'b.
+    moments : Moments
+        Of [r y], for the squares of both, whose range float64 may not hold.
     """
 
-    squares: NDArray[np.float64]
     magnitudes: NDArray[np.float64]
-    targets: Moments
+    moments: Moments
 
     def __add__(self, other: Residuals) -> Residuals:
-        return Residuals(self.squares + other.squares, self.magnitudes + other.magnitudes, self.targets + other.targets)
+        return Residuals(self.magnitudes + other.magnitudes, self.moments + other.moments)
 
     def cost(self) -> Cost:
         """Return the cost that these sums amount to."""
-        return make_cost(self.squares, self.magnitudes, self.targets)
+        moments, k = self.moments, self.moments.n_targets
+        squares = np.diagonal(moments.scatter)[:k] + moments.weight_sum * moments.mean[:k] ** 2
+        with np.errstate(over="ignore"):
+            squares = np.ldexp(squares, 2 * (moments.units[:k] - moments.units[k:]))
+        return make_cost(squares, self.magnitudes, moments)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -104,26 +108,29 @@ class ResidualsOf:
     @property
     def nbytes(self) -> int:
         """Bytes of one value."""
-        return 8 * len(self.target_names) * (len(self.target_names) + 4)
+        return self._columns.nbytes + 8 * len(self.target_names)
 
     def empty(self) -> Residuals:
         """Return the sums over no rows."""
-        zeros = np.zeros(len(self.target_names))
-        return Residuals(zeros, zeros.copy(), MomentsOf((), self.target_names).empty())
+        return Residuals(np.zeros(len(self.target_names)), self._columns.empty())
 
     def of(self, block: Block) -> Residuals:
         """Return the sums over the rows of `block`."""
-        residuals = np.abs(block.y - predictions(block.x, self.coef, self.intercept))
+        residuals = block.y - predictions(block.x, self.coef, self.intercept)
         w = np.ones(len(residuals)) if block.weights is None else block.weights
-        targets = Block(block.start, block.stop, np.ascontiguousarray(block.y), block.weights, 0)
-        with np.errstate(over="ignore"):
-            return Residuals(w @ residuals**2, w @ residuals, MomentsOf((), self.target_names).of(targets))
+        columns = Block(block.start, block.stop, np.hstack([residuals, block.y]), block.weights, len(self.target_names))
+        return Residuals(w @ np.abs(residuals), self._columns.of(columns))
+
+    @property
+    def _columns(self) -> MomentsOf:
+        return MomentsOf(self.target_names, self.target_names)
 
 
 def predictions(x: NDArray[np.float64], coef: NDArray[np.float64], intercept: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return b0 + x b, row by row, so that a row's prediction does not depend on the rows beside it.
 
-    A matrix product is free to take other paths for other heights and so to round differently; `einsum` walks along each row.
+    A matrix product is free to take other paths for other heights and so to round differently. `einsum` walks along each row as long
+    as a row's numbers are neighbours in memory and fit into its buffer.
 
     Parameters
     ----------
@@ -143,9 +150,13 @@ def predictions(x: NDArray[np.float64], coef: NDArray[np.float64], intercept: ND
     >>> predictions(np.array([[1.0, 2.0]]), np.array([[10.0], [1.0]]), np.array([0.5]))
     array([[12.5]])
     """
-    out = np.empty((len(x), coef.shape[1]))
+    if x.strides[1] != x.itemsize:
+        x = np.ascontiguousarray(x)
+    out = np.zeros((len(x), coef.shape[1]))
     for j in range(coef.shape[1]):
-        np.einsum("ij,j->i", x, np.ascontiguousarray(coef[:, j]), out=out[:, j])
+        of_target = np.ascontiguousarray(coef[:, j])
+        for at in range(0, len(coef), BUFFER):
+            out[:, j] += np.einsum("ij,j->i", x[:, at : at + BUFFER], of_target[at : at + BUFFER])
     out += intercept
     return out
 
@@ -158,6 +169,8 @@ def cost_of_moments(moments: Moments, coef: NDArray[np.float64], intercept: NDAr
 def make_cost(squares: NDArray[np.float64], magnitudes: NDArray[np.float64] | None, moments: Moments) -> Cost:
     """Return the cost from residual sums and the moments of the targets.
 
+    `squares` are in units of 4**exponent of each target, `magnitudes` in the target's.
+
     Raises
     ------
     NoRows
@@ -166,11 +179,14 @@ def make_cost(squares: NDArray[np.float64], magnitudes: NDArray[np.float64] | No
     total = moments.weight_sum
     if total == 0:
         raise NoRows("no row with a weight above zero is left; check the weights, missing= and the split")
-    spread = moments.target_scatter()
-    with np.errstate(divide="ignore", invalid="ignore"):
-        r2 = np.where(spread > 0, 1 - squares / spread, np.where(squares > 0, 0.0, 1.0))
+    p = moments.n_features
+    spread, constant = np.diagonal(moments.scatter)[p:], moments.constant[p:]
+    met = squares <= total * (CONSTANT * moments.mean[p:]) ** 2
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        r2 = np.where(constant, np.where(met, 1.0, 0.0), 1 - squares / spread)
+        mse = np.ldexp(squares / total, 2 * moments.units[p:])
     mae = None if magnitudes is None else _scalar(magnitudes / total)
-    return Cost(_scalar(squares / total), _scalar(r2), moments.n, mae, total)
+    return Cost(_scalar(mse), _scalar(r2), moments.n, mae, total)
 
 
 def _scalar(values: NDArray[np.float64]) -> Number:

@@ -12,6 +12,7 @@ from streamlr.errors import NumericalError, UsageError
 
 # A column keeps its own unit while its squares stay well inside the range of float64, so that sums of them do too.
 SMALL, LARGE = 1e-150, 1e150
+CONSTANT = 32 * float(np.finfo(np.float64).eps)  # deviations this small beside the mean are rounding: the column is a constant
 NO_SCALE = -4096  # the exponent of a column that has shown nothing but zeros: below every other, so that any other wins
 
 
@@ -21,7 +22,9 @@ class Moments:
 
     .. math:: W = \sum w_i, \quad \bar z = \frac1W \sum w_i z_i, \quad S = \sum w_i (z_i - \bar z)(z_i - \bar z)'
 
-    Two sets of rows are merged by the rule of Chan, Golub and LeVeque (1983, equation 2.1), in matrix form.
+    Two sets of rows are merged by the rule of Chan, Golub and LeVeque (1983, equation 2.1), in matrix form. It needs the distance of
+    two means, which are far from zero and close together in a column such as a time in seconds: the mean is therefore kept to about
+    twice the digits of float64, as a sum of two numbers.
 
     Attributes
     ----------
@@ -33,6 +36,8 @@ class Moments:
         W.
     mean : (p + k,) float64
         Mean of each column, in units of 2**exponent.
+    mean_rest : (p + k,) float64
+        What the rounding of `mean` left out, in the same units.
     scatter : (p + k, p + k) float64
         S, in units of 2**(exponent_i + exponent_j).
     exponent : (p + k,) int32
@@ -57,6 +62,7 @@ class Moments:
     n_weighted: int
     weight_sum: float
     mean: NDArray[np.float64]
+    mean_rest: NDArray[np.float64]
     scatter: NDArray[np.float64]
     exponent: NDArray[np.int32]
     feature_names: tuple[str, ...]
@@ -78,6 +84,12 @@ class Moments:
         units: NDArray[np.int32] = np.where(self.exponent == NO_SCALE, np.int32(0), self.exponent)
         return units
 
+    @property
+    def constant(self) -> NDArray[np.bool_]:
+        """Which columns, (p + k,), do not vary beyond the rounding of their mean."""
+        flat: NDArray[np.bool_] = np.diagonal(self.scatter) <= self.weight_sum * (CONSTANT * self.mean) ** 2
+        return flat
+
     def __add__(self, other: Moments) -> Moments:
         if not isinstance(other, Moments):
             return NotImplemented
@@ -89,21 +101,24 @@ class Moments:
         if self.n == 0 or other.n == 0:
             return (other if self.n == 0 else self).copy()
         exponent = np.maximum(self.exponent, other.exponent)
-        mean, scatter = _in_units_of(self, exponent)
-        other_mean, other_scatter = _in_units_of(other, exponent)
+        mean, rest, scatter = _in_units_of(self, exponent)
+        other_mean, other_rest, other_scatter = _in_units_of(other, exponent)
         total = self.weight_sum + other.weight_sum
-        step = other_mean - mean
+        if not np.isfinite(total):
+            raise NumericalError("the sum of the weights overflows; divide them by their largest")
+        step = (other_mean - mean) + (other_rest - rest)
         if self.weight_sum == 0:  # rows without weight leave the mean where it is
-            mean = other_mean.copy()
+            mean, rest = other_mean.copy(), other_rest.copy()
         elif other.weight_sum == 0:
-            mean = mean.copy()
+            mean, rest = mean.copy(), rest.copy()
         else:
-            mean = mean + step * (other.weight_sum / total)
+            mean, left = _exact_sum(mean, step * (other.weight_sum / total))
+            mean, rest = _exact_sum(mean, left + rest)
         scatter = scatter + other_scatter
         step *= np.sqrt(self.weight_sum) * np.sqrt(other.weight_sum / total) if total else 0.0
         scatter += step[:, None] * step
         n_weighted = self.n_weighted + other.n_weighted
-        return Moments(self.n + other.n, n_weighted, total, mean, scatter, exponent, self.feature_names, self.target_names)
+        return Moments(self.n + other.n, n_weighted, total, mean, rest, scatter, exponent, self.feature_names, self.target_names)
 
     def cost_sums(self, coef: NDArray[np.float64], intercept: NDArray[np.float64]) -> NDArray[np.float64]:
         r"""Return the residual sum of squares of any coefficients, without reading rows.
@@ -120,7 +135,8 @@ class Moments:
         Returns
         -------
         (k,) float64
-            Never negative: what rounding leaves below zero is zero.
+            In units of 4**exponent of each target, since the squares of a column such as 1e200 are beyond float64. Never negative:
+            what rounding leaves below zero is zero.
         """
         p, unit = self.n_features, self.units
         v = np.zeros((len(self.mean), self.n_targets))  # column j in units of target j
@@ -128,16 +144,13 @@ class Moments:
         np.fill_diagonal(v[p:], 1.0)
         offset = self.mean @ v - np.ldexp(intercept, -unit[p:])
         within = np.maximum(np.einsum("ij,ij->j", v, self.scatter @ v), 0.0)
-        return np.ldexp(within + self.weight_sum * offset**2, 2 * unit[p:])
-
-    def target_scatter(self) -> NDArray[np.float64]:
-        """Return sum w_i (y_i - mean(y))^2 of each target, (k,)."""
-        p = self.n_features
-        return np.ldexp(np.diagonal(self.scatter)[p:], 2 * self.units[p:])
+        squares: NDArray[np.float64] = within + self.weight_sum * offset**2
+        return squares
 
     def copy(self) -> Moments:
         """Return moments that share no memory with these."""
-        return replace(self, mean=self.mean.copy(), scatter=self.scatter.copy(), exponent=self.exponent.copy())
+        arrays = {name: getattr(self, name).copy() for name in ("mean", "mean_rest", "scatter", "exponent")}
+        return replace(self, **arrays)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,13 +168,13 @@ class MomentsOf:
     @property
     def nbytes(self) -> int:
         """Bytes of one value."""
-        return 8 * self.width * (self.width + 2)
+        return 8 * self.width * (self.width + 3)
 
     def empty(self) -> Moments:
         """Return the moments of no rows."""
         q = self.width
         exponent = np.full(q, NO_SCALE, dtype=np.int32)
-        return Moments(0, 0, 0.0, np.zeros(q), np.zeros((q, q)), exponent, self.feature_names, self.target_names)
+        return Moments(0, 0, 0.0, np.zeros(q), np.zeros(q), np.zeros((q, q)), exponent, self.feature_names, self.target_names)
 
     def of(self, block: Block) -> Moments:
         """Return the moments of the rows of `block`."""
@@ -169,29 +182,29 @@ class MomentsOf:
         n_weighted = n if weights is None else int(np.count_nonzero(weights))
         if n_weighted == 0:
             return replace(self.empty(), n=n)
-        total = float(n) if weights is None else float(weights.sum())
+        exponent = np.zeros(self.width, dtype=np.int32)
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-            mean, scatter = _centred_product(block.columns, weights, total)
+            total = float(n) if weights is None else float(weights.sum())
+            mean, rest, scatter = _centred_product(block.columns, weights, total)
             squares = np.diagonal(scatter)
             unusual = ~((squares > SMALL) & (squares < LARGE) & (mean * mean < LARGE))
-        exponent = np.zeros(self.width, dtype=np.int32)
-        if unusual.any():
-            exponent[unusual] = _exponents(block.columns[:, unusual])
-            unit = np.where(exponent == NO_SCALE, 0, exponent)
-            if unit.any():
-                mean, scatter = _centred_product(np.ldexp(block.columns, -unit), weights, total)
+            if unusual.any():
+                exponent[unusual] = _exponents(block.columns[:, unusual])
+                unit = np.where(exponent == NO_SCALE, 0, exponent)
+                if unit.any():
+                    mean, rest, scatter = _centred_product(np.ldexp(block.columns, -unit), weights, total)
         if not np.isfinite(scatter).all():
             raise NumericalError(
                 f"the squares of rows {block.start:,} to {block.stop - 1:,} overflow although every value is finite; "
                 "are there weights near 1e300? divide them by their largest"
             )
-        return Moments(n, n_weighted, total, mean, scatter, exponent, self.feature_names, self.target_names)
+        return Moments(n, n_weighted, total, mean, rest, scatter, exponent, self.feature_names, self.target_names)
 
 
 def _centred_product(
     columns: NDArray[np.float64], weights: NDArray[np.float64] | None, total: float
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return mean and scatter of the rows of `columns`.
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Return mean, what its rounding left out, and scatter of the rows of `columns`.
 
     The mean is corrected by the mean of what centring left, and the scatter by its square, so that a column far from zero loses
     nothing to the rounding of its first mean. The product is the symmetric one, `z.T @ z` of one contiguous array: another
@@ -205,7 +218,14 @@ def _centred_product(
         z *= np.sqrt(weights)[:, None]
     scatter = z.T @ z
     scatter -= (left * total)[:, None] * left
-    return mean + left, scatter
+    return *_exact_sum(mean, left), scatter
+
+
+def _exact_sum(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return a + b as float64 has it, and what its rounding left out (Knuth, The Art of Computer Programming 2, section 4.2.2)."""
+    rounded = a + b
+    of_b = rounded - a
+    return rounded, (a - (rounded - of_b)) + (b - of_b)
 
 
 def _exponents(columns: NDArray[np.float64]) -> NDArray[np.int32]:
@@ -217,9 +237,11 @@ def _exponents(columns: NDArray[np.float64]) -> NDArray[np.int32]:
     return np.asarray(exponent)
 
 
-def _in_units_of(moments: Moments, exponent: NDArray[np.int32]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return mean and scatter in units of 2**exponent; exact, but for what vanishes beside columns so much larger."""
+def _in_units_of(
+    moments: Moments, exponent: NDArray[np.int32]
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Return mean, its rest and scatter in units of 2**exponent; exact, but for what vanishes beside columns so much larger."""
     shift = np.maximum(moments.exponent - exponent, NO_SCALE)
     if not shift.any():
-        return moments.mean, moments.scatter
-    return np.ldexp(moments.mean, shift), np.ldexp(moments.scatter, shift[:, None] + shift)
+        return moments.mean, moments.mean_rest, moments.scatter
+    return np.ldexp(moments.mean, shift), np.ldexp(moments.mean_rest, shift), np.ldexp(moments.scatter, shift[:, None] + shift)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import stdtr, stdtrit  # Student's t; scipy.stats would take half a second to import
 from numpy.typing import NDArray
+from scipy.special import stdtr, stdtrit  # Student's t; scipy.stats would take half a second to import
 
 from streamlr.aggregates.moments import Moments
 from streamlr.direct.routes import Solution
@@ -21,9 +21,9 @@ class StandardErrors:
     Attributes
     ----------
     coef : (p, k) float64
-        NaN for columns that are part of a dependence.
+        NaN for columns that are part of a dependence; with rank="drop", for those that were dropped.
     intercept : (k,) float64
-        NaN where there is none or where columns depend on others.
+        NaN where there is none, or where columns share a coefficient.
     df_resid : int
         Rows with a weight above zero, less rank, less one for an intercept; never below 0.
     """
@@ -43,7 +43,7 @@ def standard_errors(moments: Moments, solution: Solution, residual_squares: Arra
     moments, solution : Moments, Solution
         The rows and the fit to them.
     residual_squares : (k,) float64
-        Weighted residual sums of squares.
+        Weighted residual sums of squares, in units of 4**exponent of each target.
     fit_intercept : bool
         Whether an intercept was fitted.
 
@@ -52,11 +52,13 @@ def standard_errors(moments: Moments, solution: Solution, residual_squares: Arra
     Seber and Lee (2003), Linear Regression Analysis, equations 3.11 and 3.12.
     """
     df = max(moments.n_weighted - solution.rank - int(fit_intercept), 0)
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        variance = residual_squares / df if df else np.full_like(residual_squares, np.nan)
-        coef = np.sqrt(solution.inverse_diagonal[:, None] * variance)
-        leverage = 1 / moments.weight_sum + solution.mean_leverage if fit_intercept else np.nan
-        intercept = np.sqrt(variance * leverage)
+    # by roots, in units of the target: squares of a column such as 1e200 are beyond float64
+    unit = moments.units[moments.n_features :]
+    deviation = np.sqrt(residual_squares / df) if df else np.full_like(residual_squares, np.nan)
+    leverage = 1 / moments.weight_sum + solution.mean_leverage if fit_intercept else np.nan
+    with np.errstate(over="ignore", under="ignore"):
+        coef = np.ldexp(solution.inverse_root[:, None] * deviation, unit)
+        intercept = np.ldexp(np.sqrt(leverage) * deviation, unit)
     return StandardErrors(coef, intercept, df)
 
 

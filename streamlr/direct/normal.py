@@ -22,8 +22,7 @@ from streamlr.errors import NoRows, NumericalError, RankDeficient, UsageError
 
 Matrix = NDArray[np.float64]
 EPS = float(np.finfo(np.float64).eps)
-CONSTANT = 32 * EPS  # a column whose deviation is this small beside its mean is a constant and the rounding of its mean
-CANCELLED = 1e-10  # in a null vector, what eigenvectors leave of a column that is no part of the dependence
+CANCELLED = 1e-10  # in a null vector, at least what eigenvectors leave of a column that is no part of the dependence
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,37 +87,38 @@ def solve_normal(moments: Moments, direct: Direct, *, fit_intercept: bool, ridge
     cutoff = 8 * EPS * len(eigenvalues) * eigenvalues.max(initial=0.0)
     short = int((eigenvalues <= cutoff).sum())
     rank = len(eigenvalues) - short
-    aliased: dict[str, Mapping[str, float]] = {moments.feature_names[j]: {} for j in np.flatnonzero(~varies)}
-    inverse_diagonal, mean_leverage = np.full(p, np.nan), np.nan
+    aliased: dict[str, Mapping[str, float]] = {}
+    if ridge == 0:  # the penalty leaves no choice: the coefficient of a constant is 0
+        aliased = {moments.feature_names[j]: {} for j in np.flatnonzero(~varies)}
+    mean = moments.mean[:p][varies] / equations.scale
     if short == 0:
         route = "cholesky"
-        solved, inverse, mean_leverage = _by_cholesky(equations, moments.mean[:p][varies] / equations.scale)
-        inverse_diagonal[varies] = inverse / equations.scale**2
+        solved, inverse, mean_leverage = _by_cholesky(equations, mean)
     else:
         route = "eigen"
         units = np.ldexp(equations.scale, np.maximum(unit[:p][varies] - unit[:p][varies].max(), -1000))
-        solved, combinations = _by_eigenvectors(equations, cutoff, units, drop=direct.rank == "drop")
+        solved, inverse, mean_leverage, combinations = _by_eigenvectors(equations, mean, cutoff, units, drop=direct.rank == "drop")
         names = [moments.feature_names[j] for j in np.flatnonzero(varies)]
         for j, weights in combinations.items():
             aliased[names[j]] = {names[i]: float(weights[i] * units[j] / units[i]) for i in np.flatnonzero(weights)}
     if aliased and direct.rank == "error":
         raise RankDeficient(f"{describe_aliases(aliased)}; leave them out, or choose rank='min_norm' or rank='drop'")
-    if ridge > 0:
-        inverse_diagonal, mean_leverage = np.full(p, np.nan), np.nan
-    coef = np.zeros((p, moments.n_targets))
-    coef[varies] = solved / equations.scale[:, None]
-    intercept = np.zeros(moments.n_targets)
+    coef, intercept, inverse_root = np.zeros((p, moments.n_targets)), np.zeros(moments.n_targets), np.full(p, np.nan)
     if fit_intercept:
-        intercept[:] = [moments.mean[p + j] - fsum(moments.mean[:p] * coef[:, j]) for j in range(moments.n_targets)]
+        intercept[:] = [moments.mean[p + j] - fsum(mean * solved[:, j]) for j in range(moments.n_targets)]
     with np.errstate(over="ignore", under="ignore"):
-        coef = np.ldexp(coef, unit[p:] - unit[:p, None])
+        coef[varies] = np.ldexp(solved, unit[p:] - unit[:p][varies, None]) / equations.scale[:, None]
         intercept = np.ldexp(intercept, unit[p:])
-        inverse_diagonal = np.ldexp(inverse_diagonal, -2 * unit[:p])
+        inverse_root[varies] = np.ldexp(np.sqrt(inverse) / equations.scale, -unit[:p][varies])
+    if ridge > 0:
+        inverse_root[:], mean_leverage = np.nan, np.nan
     if not (np.isfinite(coef).all() and np.isfinite(intercept).all()):
         raise NumericalError("a coefficient is beyond the range of float64; measure that column, or the target, in a larger unit")
     condition = float(np.sqrt(eigenvalues[-1] / eigenvalues[short])) if rank else 1.0
     digits = max(-log10(EPS) - 2 * log10(condition), 0.0)
-    return Solution(coef, intercept, rank, condition, digits, route, aliased, inverse_diagonal, mean_leverage)
+    if ridge > 0:
+        rank += int((~varies).sum())
+    return Solution(coef, intercept, rank, condition, digits, route, aliased, inverse_root, mean_leverage)
 
 
 def solve_bytes(n_features: int, n_targets: int) -> int:
@@ -154,16 +154,13 @@ def _check(moments: Moments, ridge: float) -> None:
 def _equations(moments: Moments, *, fit_intercept: bool, ridge: float) -> Equations:
     p, total = moments.n_features, moments.weight_sum
     gram = moments.scatter if fit_intercept else moments.scatter + total * np.outer(moments.mean, moments.mean)
-    squares = np.diagonal(gram)[:p]
-    varies = squares > (total * (CONSTANT * moments.mean[:p]) ** 2 if fit_intercept else 0.0)
+    constant = moments.constant if fit_intercept else np.diagonal(gram) <= 0
+    varies = ~constant[:p]
     matrix = gram[:p, :p][np.ix_(varies, varies)]
-    right = gram[:p, p:][varies]
-    if ridge > 0:
-        # the penalty is on coefficients in the user's units: one unit of the scaled column is 2**exponent of those
-        unit = moments.units[:p][varies]
-        penalty = np.ldexp(ridge * total, np.minimum(-2 * unit, 900))
-        matrix[np.diag_indices_from(matrix)] += penalty
-    scale = np.sqrt(np.diagonal(matrix))
+    right = np.where(constant[p:], 0.0, gram[:p, p:][varies])
+    # the penalty is on coefficients in the user's units, of which one unit of the scaled column has 2**exponent
+    penalty_root = np.ldexp(np.sqrt(ridge) * np.sqrt(total), -moments.units[:p][varies])
+    scale = np.hypot(np.sqrt(np.diagonal(matrix)), penalty_root)
     matrix = matrix / scale[:, None] / scale
     np.fill_diagonal(matrix, 1.0)
     return Equations(varies, matrix, right / scale[:, None], scale)
@@ -180,39 +177,53 @@ def _by_cholesky(equations: Equations, mean: NDArray[np.float64]) -> tuple[Matri
 
 
 def _by_eigenvectors(
-    equations: Equations, cutoff: float, units: NDArray[np.float64], *, drop: bool
-) -> tuple[Matrix, dict[int, NDArray[np.float64]]]:
-    """Return the solution of C z = right with the least |b|, and which column is which combination of others (equilibrated).
+    equations: Equations, mean: NDArray[np.float64], cutoff: float, units: NDArray[np.float64], *, drop: bool
+) -> tuple[Matrix, NDArray[np.float64], float, dict[int, NDArray[np.float64]]]:
+    """Return a minimiser, as `_by_cholesky` does, and which column is which combination of others (equilibrated).
 
-    `units` is D in the user's units, up to a common factor. The minimisers are z + N t, with N a basis of the null space of C. A later
-    column of each dependence is expressed by earlier ones: from the last column up, the first independent rows of N are made an
-    identity.
+    The minimisers are z + N t, with N a basis of the null space of C. A later column of each dependence is expressed by earlier ones:
+    from the last column up, the first independent rows of N are made an identity. With R = V L^-1/2 of the other eigenvectors,
+    z = R R' right and its covariance is R R'; dropping the later columns turns R into R - N R[later].
     """
     eigenvalues, vectors = scipy.linalg.eigh(equations.matrix)
     kept = eigenvalues > cutoff
-    v = vectors[:, kept]
-    z = v @ ((v.T @ equations.right) / eigenvalues[kept][:, None])
     null = vectors[:, ~kept]
     later = _independent_rows_from_below(null)
     null = scipy.linalg.solve(null[later].T, null.T).T
-    null[np.abs(null) < CANCELLED] = 0.0
+    gap = eigenvalues[kept][0] / eigenvalues[-1]
+    null[np.abs(null) < min(max(CANCELLED, 64 * EPS / gap), 1e-3)] = 0.0  # eigenvectors are off by eps / gap
     combinations = {}
     for column, j in enumerate(later):
-        weights = -null[:, column]
-        weights[j] = 0.0
-        combinations[j] = weights
+        combinations[j] = -null[:, column]
+        combinations[j][j] = 0.0
+    v = vectors[:, kept]
+    projected = (v.T @ equations.right) / eigenvalues[kept][:, None]
+    root = v / np.sqrt(eigenvalues[kept])
     if drop:
-        z = z - null @ z[later]
-        z[later] = 0.0
-        return z, combinations
-    # least |b| in the user's units among z + N t: project what the null space, in those units, can take away
-    to_user = units.min() / units
-    basis = np.linalg.qr(null * to_user[:, None]).Q
-    b = z * to_user[:, None]
-    b -= basis @ (basis.T @ b)
-    involved = np.abs(null).max(axis=1) > 0
-    z[involved] = (b / to_user[:, None])[involved]
-    return z, combinations
+        root -= null @ root[later]
+        root[later] = 0.0
+        inverse = (root**2).sum(axis=1)
+        inverse[later] = np.nan
+        z = root @ (np.sqrt(eigenvalues[kept])[:, None] * projected)
+        return z, inverse, float(((mean @ root) ** 2).sum()), combinations
+    z, inverse = v @ projected, (root**2).sum(axis=1)
+    involved = null.any(axis=1)
+    inverse[involved] = np.nan
+    z[involved] = _least_norm(v, projected, units)[involved]
+    return z, inverse, np.nan, combinations
+
+
+def _least_norm(v: Matrix, projected: Matrix, units: NDArray[np.float64]) -> Matrix:
+    """Return z = D b with V'z = `projected` and the least |b|, where D is `units`.
+
+    Such a b is a combination of the columns of D V = Q R, so b = Q R^-T projected. Rows in the order of their size and pivoted columns
+    keep small units accurate beside large ones (Cox and Higham 1998, Stability of Householder QR for weighted least squares).
+    """
+    rows = np.argsort(-units, kind="stable")
+    q, r, order = scipy.linalg.qr((units[:, None] * v)[rows], mode="economic", pivoting=True)
+    b = np.empty((len(units), projected.shape[1]))
+    b[rows] = q @ scipy.linalg.solve_triangular(r, projected[order], trans="T")
+    return units[:, None] * b
 
 
 def _independent_rows_from_below(null: Matrix) -> list[int]:

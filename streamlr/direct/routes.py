@@ -57,7 +57,7 @@ class Solution:
     intercept : (k,) float64
         Intercepts; zeros where there is none.
     rank : int
-        Feature columns that do not depend on others.
+        Feature columns that do not depend on others; under ridge all, unless the penalty vanishes beside them.
     condition : float
         Condition number of the equilibrated columns: 2-norm, over the directions that count in the rank.
     digits : float
@@ -66,11 +66,11 @@ class Solution:
         How they were found.
     aliased : mapping of str to mapping of str to float
         For each dependent column, the combination of others that it equals; empty for a constant column.
-    inverse_diagonal : (p,) float64
-        Diagonal of (X'WX)^-1, the columns centred where there is an intercept; NaN where the rank is short, for constant columns
-        and under ridge.
+    inverse_root : (p,) float64
+        Square roots of the diagonal of (X'WX)^-1, the columns centred where there is an intercept; NaN for columns that share a
+        coefficient with others, that were dropped or that are constant, and under ridge.
     mean_leverage : float
-        mean(x)'(X'WX)^-1 mean(x), for the variance of the intercept; NaN likewise.
+        mean(x)'(X'WX)^-1 mean(x), for the variance of the intercept; NaN where columns share a coefficient, and under ridge.
     """
 
     coef: NDArray[np.float64]
@@ -80,5 +80,5 @@ class Solution:
     digits: float
     route: str
     aliased: Mapping[str, Mapping[str, float]]
-    inverse_diagonal: NDArray[np.float64]
+    inverse_root: NDArray[np.float64]
     mean_leverage: float

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
 import dask
@@ -131,11 +132,21 @@ def worker_count() -> int:
     """Return how many tasks Dask would run at once: its `num_workers`, else one for each processor this process may use."""
     if is_threaded():
         return int(dask.config.get("num_workers", None) or CPU_COUNT or 1)
-    scheduler = dask.base.get_scheduler()
+    scheduler = ambient_scheduler()
     return 1 if getattr(scheduler, "__name__", "") == "get_sync" else int(CPU_COUNT or os.cpu_count() or 1)
+
+
+def ambient_scheduler() -> Any:
+    """Return the scheduler that Dask's settings or an active client ask for, or None when nobody asked.
+
+    Dask looks for a client by importing `distributed`, a second and 60 MB; but there is none before somebody else imported it.
+    """
+    if dask.config.get("scheduler", None) is None and "distributed" not in sys.modules:
+        return None
+    return dask.base.get_scheduler()
 
 
 def is_threaded() -> bool:
     """Whether Dask's ambient scheduler is the threaded one, which is what it is when nobody chose another."""
-    scheduler = dask.base.get_scheduler()
+    scheduler = ambient_scheduler()
     return scheduler is None or getattr(scheduler, "__module__", "") == "dask.threaded"

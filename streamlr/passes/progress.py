@@ -102,3 +102,15 @@ def progress_bar() -> Iterator[Callback]:
             bar.update(shown[event.task], completed=event.bytes)
 
         yield show
+
+
+@contextmanager
+def shown(progress: bool | Callback) -> Iterator[Callback | None]:
+    """Yield the callback that an option `progress` stands for: itself, a bar for True, none for False."""
+    if callable(progress):
+        yield progress
+    elif progress:
+        with progress_bar() as callback:
+            yield callback
+    else:
+        yield None

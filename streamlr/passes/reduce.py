@@ -8,6 +8,7 @@ from typing import Any, Generic, TypeVar
 
 from dask.base import compute as dask_compute
 from dask.delayed import Delayed, delayed
+from dask.threaded import get as threaded_get
 
 from streamlr.aggregates.tree import Partial, Statistic, Summary, Tree
 from streamlr.dataset.blocks import Plan, Span
@@ -133,7 +134,7 @@ def with_blocks(dataset: Dataset, span: Span, lazy: Sequence[Any]) -> Dataset:
 
 def compute(root: Delayed, tasks_at_once: int) -> Any:
     """Run a graph on Dask's ambient scheduler, on as many threads as planned where that is the threaded one."""
-    options = {"num_workers": tasks_at_once} if is_threaded() else {}
+    options: dict[str, Any] = {"scheduler": threaded_get, "num_workers": tasks_at_once} if is_threaded() else {}
     with one_blas_thread():
         return dask_compute(root, **options)[0]
 
