@@ -51,7 +51,9 @@ def test_only_passes_schedules_work(path):
         return
     used = {module for module in imports_of(path) if any(module == name or module.startswith(name + ".") for name in SCHEDULING)}
     tokens = ast.walk(ast.parse(path.read_text()))
-    names = {alias.name for node in tokens if isinstance(node, ast.ImportFrom) and node.module == "dask.base" for alias in node.names}
+    names = {
+        alias.name for node in tokens if isinstance(node, ast.ImportFrom) and node.module == "dask.base" for alias in node.names
+    }
     assert used <= {"dask.base"}
     assert names <= {"tokenize"}
     assert ".compute(" not in path.read_text()
@@ -65,7 +67,11 @@ def test_every_module_is_on_a_floor_and_short_enough():
 
 
 def test_no_module_bears_the_name_of_a_public_function():
-    modules = {path.stem if path.stem != "__init__" else path.parent.name for path in MODULES if path.parent in (PACKAGE, *PACKAGE.iterdir())}
+    modules = {
+        path.stem if path.stem != "__init__" else path.parent.name
+        for path in MODULES
+        if path.parent in (PACKAGE, *PACKAGE.iterdir())
+    }
     at_top = {path.stem for path in PACKAGE.glob("*.py")} | {path.name for path in PACKAGE.iterdir() if path.is_dir()}
     assert not at_top & set(streamlr.__all__)
     assert modules
@@ -87,4 +93,6 @@ def test_importing_the_package_imports_nothing_heavy():
 
 def test_a_fit_imports_no_extra_and_no_estimator():
     code = "import streamlr, sys; streamlr.fit(streamlr.Dataset([[0.0], [1.0]], [0.0, 1.0])); print(*sys.modules)"
-    assert not {"sklearn", "pyarrow", "pandas", "formulaic", "scipy.stats", "typer", "rich", "distributed"} & set(run_python(code).split())
+    assert not {"sklearn", "pyarrow", "pandas", "formulaic", "scipy.stats", "typer", "rich", "distributed"} & set(
+        run_python(code).split()
+    )
