@@ -1,7 +1,7 @@
 """Compare one exact fit with the ways people write it by hand, in one run: `python scripts/bench.py`.
 
-Every contestant is a process of its own on the same store, and they take turns, so that a machine whose speed drifts is fair to all.
-Printed are medians of seconds inside the process (imports excluded), their ratio to `da.map_blocks`, and peak memory.
+Every contestant is a process of its own on the same store, and they take turns, so that a machine whose speed drifts is fair to
+all. Printed are medians of seconds inside the process (imports excluded), their ratio to `da.map_blocks`, and peak memory.
 """
 
 from __future__ import annotations
