@@ -53,19 +53,17 @@ def publish(target: str | os.PathLike[str], *, overwrite: bool = False) -> Itera
         yield beside
         _flush(beside)
         check_output(target, overwrite=overwrite)
-        if overwrite and target.is_dir() and not target.is_symlink():
+        if overwrite and target.exists() and not target.is_symlink() and (target.is_dir() or beside.is_dir()):
+            # a folder cannot be renamed onto another, nor onto a file
             retired = target.with_name(f".{target.name}.retired-{secrets.token_hex(4)}")
             os.rename(target, retired)
             os.rename(beside, target)
-            shutil.rmtree(retired)
+            _remove(retired)
         else:
             os.replace(beside, target)
         _flush_directory(target.parent)
     finally:
-        if beside.is_dir():
-            shutil.rmtree(beside, ignore_errors=True)
-        else:
-            beside.unlink(missing_ok=True)
+        _remove(beside)
 
 
 def check_output(target: str | os.PathLike[str], *, overwrite: bool) -> None:
@@ -114,12 +112,12 @@ def read_json(path: str | os.PathLike[str], kind: str, version: int) -> dict[str
         raise BadFile(f"{path} has {path.stat().st_size:,} bytes, more than any {kind} file; is it the right file?")
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadFile(f"{path} is not a {kind} file: {error}; write it again") from error
     if not isinstance(body, dict) or body.get("format") != kind:
         raise BadFile(f"{path} is not a {kind} file (its format is not {kind!r})")
     found = body.get("version")
-    if not isinstance(found, int) or found > version:
+    if type(found) is not int or not 1 <= found <= version:
         raise BadFile(f"{path} has format version {found}; this release reads up to {version}: upgrade streamlr")
     stated = body.pop("digest", None)
     try:
@@ -129,6 +127,13 @@ def read_json(path: str | os.PathLike[str], kind: str, version: int) -> dict[str
     if stated != actual:
         raise BadFile(f"{path} was altered or damaged after it was written (its digest differs); write it again")
     return body
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _flush(path: Path) -> None:

@@ -49,9 +49,9 @@ class FittedModel:
     fit_intercept, ridge : bool, float
         What was asked for.
     std_err : (p,) or (p, k) float64
-        Standard errors of `coef`; NaN where the rank is short and under ridge.
+        Standard errors of `coef`; NaN under ridge, and for columns that share a coefficient, were dropped or are constant.
     intercept_std_err : float or (k,)
-        Standard error of the intercept; NaN likewise.
+        Standard error of the intercept; NaN under ridge, without an intercept, and where columns share a coefficient.
     df_resid : int
         Rows that count, less the parameters.
     n_dropped : int
@@ -288,9 +288,16 @@ def load_model(path: str | os.PathLike[str]) -> FittedModel:
         p = len(content["feature_names"])
         cost = dict(content["cost"])
         cost.pop("rmse")
-        coef = _from_json(content["coef"])
-        if coef.shape[0] != p or not np.isfinite(coef).all():
-            raise ValueError("the coefficients do not fit the features")
+        cost |= {key: _number_or_array(cost[key], absent) for key, absent in (("mse", np.inf), ("r2", -np.inf), ("mae", None))}
+        k = len(content["target_names"])
+        coef, std_err, intercept = (_from_json(content[name]) for name in ("coef", "std_err", "intercept"))
+        shape = (p,) if k == 1 else (p, k)
+        if k == 0 or coef.shape != shape or std_err.shape != shape or intercept.shape != shape[1:]:
+            raise ValueError("the coefficients do not fit the features and targets")
+        if not (np.isfinite(coef).all() and np.isfinite(intercept).all()):
+            raise ValueError("a coefficient is not finite")
+        if len(set(content["feature_names"])) != p or type(content["n_rows"]) is not int:
+            raise ValueError("feature names that differ and a number of rows are needed")
         return FittedModel(
             coef=coef,
             intercept=_number_or_array(content["intercept"]),
@@ -302,10 +309,10 @@ def load_model(path: str | os.PathLike[str]) -> FittedModel:
             digits=content["digits"],
             route=content["route"],
             aliased=content["aliased"],
-            cost=Cost(**{key: _number_or_array(value) if key in ("mse", "r2", "mae") else value for key, value in cost.items()}),
+            cost=Cost(**cost),
             fit_intercept=content["fit_intercept"],
             ridge=content["ridge"],
-            std_err=_from_json(content["std_err"]),
+            std_err=std_err,
             intercept_std_err=_number_or_array(content["intercept_std_err"], absent=np.nan),
             df_resid=content["df_resid"],
             n_dropped=content["n_dropped"],
@@ -333,4 +340,7 @@ def _from_json(value: Any) -> Array:
 def _number_or_array(value: Any, absent: float | None = None) -> Any:
     if value is None:
         return absent
-    return _from_json(value) if isinstance(value, list) else float(value)
+    if not isinstance(value, list):
+        return float(value)
+    array = _from_json(value)
+    return array if absent is None else np.where(np.isnan(array), absent, array)

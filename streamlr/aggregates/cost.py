@@ -129,8 +129,8 @@ class ResidualsOf:
 def predictions(x: NDArray[np.float64], coef: NDArray[np.float64], intercept: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return b0 + x b, row by row, so that a row's prediction does not depend on the rows beside it.
 
-    A matrix product is free to take other paths for other heights and so to round differently. `einsum` walks along each row as long
-    as a row's numbers are neighbours in memory and fit into its buffer.
+    A matrix product is free to take other paths for other heights and so to round differently. `einsum` walks along each row as
+    long as a row's numbers are neighbours in memory and fit into its buffer.
 
     Parameters
     ----------

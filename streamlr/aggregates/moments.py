@@ -12,7 +12,7 @@ from streamlr.errors import NumericalError, UsageError
 
 # A column keeps its own unit while its squares stay well inside the range of float64, so that sums of them do too.
 SMALL, LARGE = 1e-150, 1e150
-CONSTANT = 32 * float(np.finfo(np.float64).eps)  # deviations this small beside the mean are rounding: the column is a constant
+CONSTANT = 32 * float(np.finfo(np.float64).eps)  # a column varies by more than this beside its mean, or by rounding
 NO_SCALE = -4096  # the exponent of a column that has shown nothing but zeros: below every other, so that any other wins
 
 
@@ -22,9 +22,9 @@ class Moments:
 
     .. math:: W = \sum w_i, \quad \bar z = \frac1W \sum w_i z_i, \quad S = \sum w_i (z_i - \bar z)(z_i - \bar z)'
 
-    Two sets of rows are merged by the rule of Chan, Golub and LeVeque (1983, equation 2.1), in matrix form. It needs the distance of
-    two means, which are far from zero and close together in a column such as a time in seconds: the mean is therefore kept to about
-    twice the digits of float64, as a sum of two numbers.
+    Two sets of rows are merged by the rule of Chan, Golub and LeVeque (1983, equation 2.1), in matrix form. It needs the distance
+    of two means, which are far from zero and close together in a column such as a time in seconds: the mean is therefore kept to
+    about twice the digits of float64, as a sum of two numbers.
 
     Attributes
     ----------
@@ -100,23 +100,24 @@ class Moments:
             )
         if self.n == 0 or other.n == 0:
             return (other if self.n == 0 else self).copy()
+        # the mean starts from the heavier side, so that rows of little or no weight hardly move it
+        heavy, light = (self, other) if self.weight_sum >= other.weight_sum else (other, self)
         exponent = np.maximum(self.exponent, other.exponent)
-        mean, rest, scatter = _in_units_of(self, exponent)
-        other_mean, other_rest, other_scatter = _in_units_of(other, exponent)
+        mean, rest, scatter = _in_units_of(heavy, exponent)
+        other_mean, other_rest, other_scatter = _in_units_of(light, exponent)
         total = self.weight_sum + other.weight_sum
-        if not np.isfinite(total):
-            raise NumericalError("the sum of the weights overflows; divide them by their largest")
+        share = light.weight_sum / total if total else 0.0
         step = (other_mean - mean) + (other_rest - rest)
-        if self.weight_sum == 0:  # rows without weight leave the mean where it is
-            mean, rest = other_mean.copy(), other_rest.copy()
-        elif other.weight_sum == 0:
-            mean, rest = mean.copy(), rest.copy()
-        else:
-            mean, left = _exact_sum(mean, step * (other.weight_sum / total))
-            mean, rest = _exact_sum(mean, left + rest)
-        scatter = scatter + other_scatter
-        step *= np.sqrt(self.weight_sum) * np.sqrt(other.weight_sum / total) if total else 0.0
-        scatter += step[:, None] * step
+        mean, left = _exact_sum(mean, step * share)
+        mean, rest = _exact_sum(mean, left + rest)
+        step *= np.sqrt(heavy.weight_sum) * np.sqrt(share)
+        with np.errstate(over="ignore"):
+            scatter = scatter + other_scatter
+            scatter += step[:, None] * step
+        if not (np.isfinite(total) and np.isfinite(np.diagonal(scatter)).all()):
+            raise NumericalError(
+                "the sum of the weights, or of squares times weights, overflows; divide the weights by their largest"
+            )
         n_weighted = self.n_weighted + other.n_weighted
         return Moments(self.n + other.n, n_weighted, total, mean, rest, scatter, exponent, self.feature_names, self.target_names)
 
@@ -218,6 +219,7 @@ def _centred_product(
         z *= np.sqrt(weights)[:, None]
     scatter = z.T @ z
     scatter -= (left * total)[:, None] * left
+    np.fill_diagonal(scatter, np.maximum(np.diagonal(scatter), 0.0))  # of a constant, rounding may leave less than nothing
     return *_exact_sum(mean, left), scatter
 
 

@@ -27,14 +27,14 @@ CANCELLED = 1e-10  # in a null vector, at least what eigenvectors leave of a col
 
 @dataclass(frozen=True, slots=True)
 class Equations:
-    """Equilibrated normal equations of the columns that vary, in their units.
+    """Normal equations of the columns that vary, each in units of its own.
 
     Attributes
     ----------
     varies : (p,) bool
         False for constant columns (with an intercept) or zero ones (without).
     matrix : (r, r) float64
-        C, with unit diagonal, of the r columns that vary.
+        C = D^-1 (X'WX + ridge W I) D^-1 of the r columns that vary.
     right : (r, k) float64
         D^-1 X'Wy.
     scale : (r,) float64
@@ -45,6 +45,16 @@ class Equations:
     matrix: Matrix
     right: Matrix
     scale: NDArray[np.float64]
+
+    def scaled(self, by: NDArray[np.float64]) -> Equations:
+        """Return the same equations in units of `by`, (r,)."""
+        return Equations(self.varies, self.matrix / by[:, None] / by, self.right / by[:, None], self.scale * by)
+
+    def equilibrated(self) -> Equations:
+        """Return the same equations with a unit diagonal."""
+        equations = self.scaled(np.sqrt(np.diagonal(self.matrix)))
+        np.fill_diagonal(equations.matrix, 1.0)
+        return equations
 
 
 def solve_normal(moments: Moments, direct: Direct, *, fit_intercept: bool, ridge: float) -> Solution:
@@ -82,22 +92,25 @@ def solve_normal(moments: Moments, direct: Direct, *, fit_intercept: bool, ridge
     _check(moments, ridge)
     p, unit = moments.n_features, moments.units
     equations = _equations(moments, fit_intercept=fit_intercept, ridge=ridge)
+    equilibrated = equations.equilibrated()
     varies = equations.varies
-    eigenvalues = scipy.linalg.eigvalsh(equations.matrix) if varies.any() else np.empty(0)
+    eigenvalues = scipy.linalg.eigvalsh(equilibrated.matrix) if varies.any() else np.empty(0)
     cutoff = 8 * EPS * len(eigenvalues) * eigenvalues.max(initial=0.0)
     short = int((eigenvalues <= cutoff).sum())
     rank = len(eigenvalues) - short
     aliased: dict[str, Mapping[str, float]] = {}
     if ridge == 0:  # the penalty leaves no choice: the coefficient of a constant is 0
         aliased = {moments.feature_names[j]: {} for j in np.flatnonzero(~varies)}
-    mean = moments.mean[:p][varies] / equations.scale
+    mean = moments.mean[:p][varies]
     if short == 0:
         route = "cholesky"
-        solved, inverse, mean_leverage = _by_cholesky(equations, mean)
+        solved, inverse, mean_leverage = _by_cholesky(equations, mean / equations.scale)
     else:
-        route = "eigen"
+        route, equations = "eigen", equilibrated
         units = np.ldexp(equations.scale, np.maximum(unit[:p][varies] - unit[:p][varies].max(), -1000))
-        solved, inverse, mean_leverage, combinations = _by_eigenvectors(equations, mean, cutoff, units, drop=direct.rank == "drop")
+        solved, inverse, mean_leverage, combinations = _by_eigenvectors(
+            equations, mean / equations.scale, cutoff, units, drop=direct.rank == "drop"
+        )
         names = [moments.feature_names[j] for j in np.flatnonzero(varies)]
         for j, weights in combinations.items():
             aliased[names[j]] = {names[i]: float(weights[i] * units[j] / units[i]) for i in np.flatnonzero(weights)}
@@ -105,7 +118,11 @@ def solve_normal(moments: Moments, direct: Direct, *, fit_intercept: bool, ridge
         raise RankDeficient(f"{describe_aliases(aliased)}; leave them out, or choose rank='min_norm' or rank='drop'")
     coef, intercept, inverse_root = np.zeros((p, moments.n_targets)), np.zeros(moments.n_targets), np.full(p, np.nan)
     if fit_intercept:
-        intercept[:] = [moments.mean[p + j] - fsum(mean * solved[:, j]) for j in range(moments.n_targets)]
+        at = np.append(np.flatnonzero(varies), p)
+        for j in range(moments.n_targets):
+            at[-1] = p + j
+            terms = np.append(-solved[:, j] / equations.scale, 1.0)
+            intercept[j] = fsum([*(moments.mean[at] * terms), *(moments.mean_rest[at] * terms)])
     with np.errstate(over="ignore", under="ignore"):
         coef[varies] = np.ldexp(solved, unit[p:] - unit[:p][varies, None]) / equations.scale[:, None]
         intercept = np.ldexp(intercept, unit[p:])
@@ -122,8 +139,8 @@ def solve_normal(moments: Moments, direct: Direct, *, fit_intercept: bool, ridge
 
 
 def solve_bytes(n_features: int, n_targets: int) -> int:
-    """Return the bytes that `solve_normal` needs beside the moments: C, its copy, its eigenvectors and their workspace."""
-    return 8 * (6 * n_features**2 + 8 * n_features * (n_targets + 4))
+    """Return the bytes that `solve_normal` needs beside the moments: C, its eigenvectors, what is made of them, and workspace."""
+    return 8 * (11 * n_features**2 + 8 * n_features * (n_targets + 4))
 
 
 def describe_aliases(aliased: Mapping[str, Mapping[str, float]]) -> str:
@@ -154,16 +171,16 @@ def _check(moments: Moments, ridge: float) -> None:
 def _equations(moments: Moments, *, fit_intercept: bool, ridge: float) -> Equations:
     p, total = moments.n_features, moments.weight_sum
     gram = moments.scatter if fit_intercept else moments.scatter + total * np.outer(moments.mean, moments.mean)
-    constant = moments.constant if fit_intercept else np.diagonal(gram) <= 0
-    varies = ~constant[:p]
+    varies = ~moments.constant[:p] if fit_intercept else np.diagonal(gram)[:p] > 0
     matrix = gram[:p, :p][np.ix_(varies, varies)]
-    right = np.where(constant[p:], 0.0, gram[:p, p:][varies])
+    right = gram[:p, p:][varies]
     # the penalty is on coefficients in the user's units, of which one unit of the scaled column has 2**exponent
     penalty_root = np.ldexp(np.sqrt(ridge) * np.sqrt(total), -moments.units[:p][varies])
-    scale = np.hypot(np.sqrt(np.diagonal(matrix)), penalty_root)
-    matrix = matrix / scale[:, None] / scale
-    np.fill_diagonal(matrix, 1.0)
-    return Equations(varies, matrix, right / scale[:, None], scale)
+    size = np.hypot(np.sqrt(np.diagonal(matrix)), penalty_root)
+    scale = np.ldexp(1.0, np.frexp(size)[1])  # powers of two: this scaling rounds nothing
+    equations = Equations(varies, matrix, right, np.ones_like(scale)).scaled(scale)
+    equations.matrix[np.diag_indices_from(matrix)] += (penalty_root / scale) ** 2
+    return equations
 
 
 def _by_cholesky(equations: Equations, mean: NDArray[np.float64]) -> tuple[Matrix, NDArray[np.float64], float]:
@@ -171,7 +188,11 @@ def _by_cholesky(equations: Equations, mean: NDArray[np.float64]) -> tuple[Matri
     if len(equations.matrix) == 0:
         return equations.right, np.empty(0), 0.0
     factor = scipy.linalg.cho_factor(equations.matrix, lower=True)
-    solved = scipy.linalg.cho_solve(factor, np.column_stack([equations.right, mean]))
+    right = np.column_stack([equations.right, mean])
+    solved = scipy.linalg.cho_solve(factor, right)
+    # one refinement, in the same precision, makes the error small for each equation by itself; where moments are exact, answers are
+    # (Skeel 1980, Iterative refinement implies numerical stability for Gaussian elimination)
+    solved += scipy.linalg.cho_solve(factor, right - equations.matrix @ solved)
     inverse, _ = scipy.linalg.lapack.dpotri(factor[0], lower=True)
     return solved[:, :-1], np.diagonal(inverse).copy(), float(mean @ solved[:, -1])
 
@@ -181,9 +202,9 @@ def _by_eigenvectors(
 ) -> tuple[Matrix, NDArray[np.float64], float, dict[int, NDArray[np.float64]]]:
     """Return a minimiser, as `_by_cholesky` does, and which column is which combination of others (equilibrated).
 
-    The minimisers are z + N t, with N a basis of the null space of C. A later column of each dependence is expressed by earlier ones:
-    from the last column up, the first independent rows of N are made an identity. With R = V L^-1/2 of the other eigenvectors,
-    z = R R' right and its covariance is R R'; dropping the later columns turns R into R - N R[later].
+    The minimisers are z + N t, with N a basis of the null space of C. A later column of each dependence is expressed by earlier
+    ones: from the last column up, the first independent rows of N are made an identity. With R = V L^-1/2 of the other
+    eigenvectors, R R' right is a minimiser and R R' its covariance; R - N R[later] is that of the one without the later columns.
     """
     eigenvalues, vectors = scipy.linalg.eigh(equations.matrix)
     kept = eigenvalues > cutoff
@@ -196,33 +217,37 @@ def _by_eigenvectors(
     for column, j in enumerate(later):
         combinations[j] = -null[:, column]
         combinations[j][j] = 0.0
-    v = vectors[:, kept]
-    projected = (v.T @ equations.right) / eigenvalues[kept][:, None]
-    root = v / np.sqrt(eigenvalues[kept])
-    if drop:
-        root -= null @ root[later]
-        root[later] = 0.0
-        inverse = (root**2).sum(axis=1)
-        inverse[later] = np.nan
-        z = root @ (np.sqrt(eigenvalues[kept])[:, None] * projected)
-        return z, inverse, float(((mean @ root) ** 2).sum()), combinations
-    z, inverse = v @ projected, (root**2).sum(axis=1)
-    involved = null.any(axis=1)
-    inverse[involved] = np.nan
-    z[involved] = _least_norm(v, projected, units)[involved]
-    return z, inverse, np.nan, combinations
+    root = vectors[:, kept]
+    projected = root.T @ equations.right / np.sqrt(eigenvalues[kept])[:, None]
+    root /= np.sqrt(eigenvalues[kept])
+    root -= null @ root[later]
+    root[later] = 0.0
+    z, inverse = root @ projected, np.einsum("ij,ij->i", root, root)
+    leverage = float(((mean @ root) ** 2).sum())
+    inverse[later] = np.nan
+    if not drop:
+        involved = null.any(axis=1)
+        inverse[involved], leverage = np.nan, np.nan
+        z[involved] = _least_norm(z, null, later, units)[involved]
+    return z, inverse, leverage, combinations
 
 
-def _least_norm(v: Matrix, projected: Matrix, units: NDArray[np.float64]) -> Matrix:
-    """Return z = D b with V'z = `projected` and the least |b|, where D is `units`.
+def _least_norm(z: Matrix, null: Matrix, later: list[int], units: NDArray[np.float64]) -> Matrix:
+    """Return D b with the least |b| among the minimisers z + N t, where D is `units` and z is 0 for the later columns.
 
-    Such a b is a combination of the columns of D V = Q R, so b = Q R^-T projected. Rows in the order of their size and pivoted columns
-    keep small units accurate beside large ones (Cox and Higham 1998, Stability of Householder QR for weighted least squares).
+    The later columns are X A of the earlier ones X, in the user's units. Such a b is a combination of the rows of [I A], and
+    [I A] b = c for the coefficients c of X alone: with [I A]' = Q R, b = Q R^-T c. Rows in the order of their size and pivoted
+    columns keep small units accurate beside large ones (Cox and Higham 1998, Stability of Householder QR factorization for
+    weighted least squares problems).
     """
-    rows = np.argsort(-units, kind="stable")
-    q, r, order = scipy.linalg.qr((units[:, None] * v)[rows], mode="economic", pivoting=True)
-    b = np.empty((len(units), projected.shape[1]))
-    b[rows] = q @ scipy.linalg.solve_triangular(r, projected[order], trans="T")
+    earlier = np.setdiff1d(np.flatnonzero(null.any(axis=1)), later)
+    combination = -null[earlier] * units[later] / units[earlier, None]
+    basis = np.vstack([np.eye(len(earlier)), combination.T])
+    rows = np.argsort(-np.abs(basis).max(axis=1), kind="stable")
+    q, r, order = scipy.linalg.qr(basis[rows], mode="economic", pivoting=True)
+    c = z[earlier] / units[earlier, None]
+    b = np.zeros_like(z)
+    b[np.append(earlier, later)[rows]] = q @ scipy.linalg.solve_triangular(r, c[order], trans="T")
     return units[:, None] * b
 
 
@@ -230,7 +255,7 @@ def _independent_rows_from_below(null: Matrix) -> list[int]:
     """Return the last rows of a null basis that are independent, as many as it has columns."""
     remaining = null.copy()
     found: list[int] = []
-    threshold = 1e-6
+    threshold = 1e-3
     while len(found) < null.shape[1]:
         for j in range(len(remaining) - 1, -1, -1):
             if len(found) == null.shape[1]:

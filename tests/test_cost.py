@@ -1,0 +1,154 @@
+"""The cost: from residuals and from moments the same number, defined for constant targets, never negative."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from strategies import Array, block_of, fractions_of, matrices, moments_of, row_weights, same_bits
+
+import streamlr
+from streamlr.aggregates.cost import BUFFER, ResidualsOf, cost_of_moments, predictions
+from streamlr.errors import NoRows, RankWarning
+
+
+def of_rows(columns: Array, weights: Array | None, coef: Array, intercept: Array) -> streamlr.Cost:
+    k = coef.shape[1]
+    return ResidualsOf(coef, intercept, tuple(f"y{j}" for j in range(k))).of(block_of(columns, weights, n_targets=k)).cost()
+
+
+@given(st.data())
+def test_from_moments_and_from_residuals_it_is_the_same(data: st.DataObject):
+    columns = data.draw(matrices(min_rows=1, min_columns=3, max_columns=4, awkward=False))
+    weights = data.draw(row_weights(len(columns)))
+    assume(weights is None or weights.any())
+    rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
+    coef, intercept = rng.standard_normal((columns.shape[1] - 2, 2)), rng.standard_normal(2)
+    a = of_rows(columns, weights, coef, intercept)
+    b = cost_of_moments(moments_of(columns, weights, n_targets=2), coef, intercept)
+    size = np.square(np.abs(columns).max() * 4 + 4)  # of the squares from which moments must recover the residuals
+    assert np.abs(a.mse - b.mse).max() <= 1e-14 * size
+    assert a.mae is not None
+    assert b.mae is None
+    assert (a.n, a.weight_sum) == (b.n, pytest.approx(b.weight_sum))
+
+
+@given(st.data())
+def test_from_residuals_it_is_the_definition(data: st.DataObject):
+    columns = data.draw(matrices(min_rows=2, max_rows=12, min_columns=2, max_columns=3))
+    weights = data.draw(row_weights(len(columns)))
+    assume(weights is None or weights.any())
+    coef = np.zeros((columns.shape[1] - 1, 1))
+    cost = of_rows(columns, weights, coef, np.zeros(1))
+    w = fractions_of(np.ones(len(columns)) if weights is None else weights)
+    y, total = fractions_of(columns[:, -1]), sum(w)
+    mean = sum(a * b for a, b in zip(w, y, strict=True)) / total
+    squares = sum(a * b * b for a, b in zip(w, y, strict=True))
+    spread = sum(a * (b - mean) ** 2 for a, b in zip(w, y, strict=True))
+    assert cost.mae == pytest.approx(float(sum(a * abs(b) for a, b in zip(w, y, strict=True)) / total), rel=1e-13)
+    if squares / total < Fraction(10) ** 300 and (squares / total > Fraction(10) ** -300 or not squares):
+        assert cost.mse == pytest.approx(float(squares / total), rel=1e-13)
+    if spread * 10**20 > squares:  # else the target is as good as constant, and the 16 digits of r2 see nothing
+        assert cost.r2 == pytest.approx(float(1 - squares / spread), rel=1e-12, abs=1e-12)
+
+
+@given(st.data())
+def test_sums_add_up_and_empty_is_their_identity(data: st.DataObject):
+    columns = data.draw(matrices(min_rows=2, min_columns=2))
+    statistic = ResidualsOf(np.ones((columns.shape[1] - 1, 1)), np.ones(1), ("y0",))
+    value = statistic.of(block_of(columns))
+    assert same_bits(value + statistic.empty(), value)
+    assert same_bits(statistic.empty() + value, value)
+    half = len(columns) // 2
+    parts = statistic.of(block_of(columns[:half])) + statistic.of(block_of(columns[half:]))
+    assert parts.cost().mse == pytest.approx(value.cost().mse, rel=1e-13)
+    assert parts.cost().mae == pytest.approx(value.cost().mae, rel=1e-13)
+    held = value.moments.scatter.nbytes + value.moments.mean.nbytes * 2 + value.moments.exponent.nbytes + value.magnitudes.nbytes
+    assert held <= statistic.nbytes
+
+
+@given(matrices(min_rows=2, min_columns=3, max_columns=3, awkward=False), st.sampled_from([0.0, 1e4, 1e8]))
+def test_a_perfect_fit_has_no_negative_cost(columns: Array, offset: float):
+    x = columns[:, :2] + offset
+    columns = np.column_stack([x, x @ [1.0, 2.0]])
+    coef, intercept = np.array([[1.0], [2.0]]), np.zeros(1)
+    m = moments_of(columns)
+    assert (m.cost_sums(coef, intercept) >= 0).all()
+    for cost in (cost_of_moments(m, coef, intercept), of_rows(columns, None, coef, intercept)):
+        assert cost.mse >= 0
+        # 14 digits of the squares that moments hold, and twice 14 of the values themselves
+        allowed = 1e-14 * np.var(columns, axis=0).sum() + 1e-28 * np.square(columns).max()
+        assert cost.mse <= allowed
+        assert cost.r2 <= 1.0
+        assert np.var(columns[:, 2]) * (1 - cost.r2) <= allowed
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 1e9, -1 / 3, 1e200, 1e-200])
+@pytest.mark.parametrize("rows", [1, 3, 1000])
+def test_r2_of_a_constant_target_is_1_when_met_and_else_0(value: float, rows: int):
+    columns = np.column_stack([np.arange(rows, dtype=np.float64), np.full(rows, value)])
+    m = moments_of(columns) + moments_of(columns)
+    coef = np.zeros((1, 1))
+    for intercept, expected in ((value, 1.0), (value * 1.001 + (value == 0), 0.0)):
+        assert cost_of_moments(m, coef, np.array([intercept])).r2 == expected
+        assert of_rows(columns, None, coef, np.array([intercept])).r2 == expected
+
+
+@pytest.mark.parametrize("value", [0.1, 7.0])
+def test_a_fit_to_a_constant_target_says_so(value: float):
+    model = streamlr.fit(streamlr.Dataset(np.arange(10.0), np.full(10, value)))
+    assert (model.coef[0], model.intercept, model.cost.r2) == (0.0, value, 1.0)
+    assert model.cost.mse <= (1e-16 * value) ** 2
+
+
+@pytest.mark.parametrize("scale", [1e150, 1e-150, 1e200, 1e-200])
+def test_r2_of_targets_beyond_the_range_of_squares(scale: float):
+    rng = np.random.default_rng(0)
+    columns = np.column_stack([rng.standard_normal(30), rng.standard_normal(30)])
+    coef, intercept = np.array([[0.3]]), np.array([0.1])
+    plain = of_rows(columns, None, coef, intercept)
+    scaled = columns * [1.0, scale]
+    coef, intercept = coef * scale, intercept * scale
+    for cost in (of_rows(scaled, None, coef, intercept), cost_of_moments(moments_of(scaled), coef, intercept)):
+        assert cost.r2 == pytest.approx(plain.r2, rel=1e-13)
+        assert cost.mse == pytest.approx(plain.mse * scale**2 if scale < 1e154 else math.inf, rel=1e-13)
+
+
+def test_without_weight_there_is_no_cost():
+    with pytest.raises(NoRows, match="weight above zero"):
+        of_rows(np.ones((3, 2)), np.zeros(3), np.zeros((1, 1)), np.zeros(1))
+
+
+@pytest.mark.parametrize("p", [1, 2, 3, 7, 8, 17, 100, BUFFER - 1, BUFFER, BUFFER + 1, 2 * BUFFER, 2 * BUFFER + 1])
+@pytest.mark.parametrize("layout", ["rows", "columns", "reversed", "every other"])
+def test_a_prediction_does_not_depend_on_other_rows(p: int, layout: str):
+    rng = np.random.default_rng(p)
+    m = min(300, 400_000 // p)
+    wide = rng.standard_normal((m, 2 * p))
+    some, alternate = wide[:, :p], wide[:, ::2]
+    x = {"rows": some, "columns": np.asfortranarray(some), "reversed": some[:, ::-1], "every other": alternate}[layout]
+    assert x.shape == (m, p)
+    coef, intercept = rng.standard_normal((p, 2)), rng.standard_normal(2)
+    together = predictions(x, coef, intercept)
+    for i in range(0, m, max(m // 25, 1)):
+        assert predictions(x[i : i + 1], coef, intercept).tobytes() == together[i].tobytes()
+        assert predictions(np.ascontiguousarray(x[i : i + 3]), coef, intercept)[0].tobytes() == together[i].tobytes()
+    assert np.abs(together - (x @ coef + intercept)).max() <= 1e-14 * p
+
+
+def test_the_dictionary_and_the_text_hold_the_numbers():
+    cost = of_rows(np.array([[0.0, 1.0], [1.0, 3.0]]), None, np.array([[1.0]]), np.array([0.0]))
+    assert cost.to_dict() == {"n": 2, "mse": 2.5, "rmse": math.sqrt(2.5), "r2": -1.5, "mae": 1.5}
+    assert str(cost) == "mse 2.5  rmse 1.58114  mae 1.5  r2 -1.5  (n = 2)"
+
+
+def test_evaluate_needs_no_luck_with_ranks():
+    with pytest.warns(RankWarning):
+        model = streamlr.fit(streamlr.Dataset(np.ones((4, 1)), np.arange(4.0)))
+    assert streamlr.evaluate(model, streamlr.Dataset(np.ones((4, 1)), np.arange(4.0))).mse == pytest.approx(
+        model.cost.mse, rel=1e-15
+    )
