@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from math import fsum, log10
 
 import numpy as np
-import scipy.linalg
 from numpy.typing import NDArray
 
 from streamlr.aggregates.moments import Moments
@@ -94,7 +93,7 @@ def solve_normal(moments: Moments, direct: Direct, *, fit_intercept: bool, ridge
     equations = _equations(moments, fit_intercept=fit_intercept, ridge=ridge)
     equilibrated = equations.equilibrated()
     varies = equations.varies
-    eigenvalues = scipy.linalg.eigvalsh(equilibrated.matrix) if varies.any() else np.empty(0)
+    eigenvalues = np.linalg.eigvalsh(equilibrated.matrix)
     cutoff = 8 * EPS * len(eigenvalues) * eigenvalues.max(initial=0.0)
     short = int((eigenvalues <= cutoff).sum())
     rank = len(eigenvalues) - short
@@ -185,16 +184,18 @@ def _equations(moments: Moments, *, fit_intercept: bool, ridge: float) -> Equati
 
 def _by_cholesky(equations: Equations, mean: NDArray[np.float64]) -> tuple[Matrix, NDArray[np.float64], float]:
     """Return the solution of C z = right, the diagonal of C^-1, and mean'C^-1 mean."""
-    if len(equations.matrix) == 0:
-        return equations.right, np.empty(0), 0.0
-    factor = scipy.linalg.cho_factor(equations.matrix, lower=True)
+    factor = np.linalg.cholesky(equations.matrix)
     right = np.column_stack([equations.right, mean])
-    solved = scipy.linalg.cho_solve(factor, right)
+
+    def solve(right: Matrix) -> Matrix:
+        return np.linalg.solve(factor.T, np.linalg.solve(factor, right))
+
+    solved = solve(right)
     # one refinement, in the same precision, makes the error small for each equation by itself; where moments are exact, answers are
     # (Skeel 1980, Iterative refinement implies numerical stability for Gaussian elimination)
-    solved += scipy.linalg.cho_solve(factor, right - equations.matrix @ solved)
-    inverse, _ = scipy.linalg.lapack.dpotri(factor[0], lower=True)
-    return solved[:, :-1], np.diagonal(inverse).copy(), float(mean @ solved[:, -1])
+    solved += solve(right - equations.matrix @ solved)
+    inverse = np.linalg.inv(factor)
+    return solved[:, :-1], np.einsum("ij,ij->j", inverse, inverse), float(mean @ solved[:, -1])
 
 
 def _by_eigenvectors(
@@ -206,11 +207,11 @@ def _by_eigenvectors(
     ones: from the last column up, the first independent rows of N are made an identity. With R = V L^-1/2 of the other
     eigenvectors, R R' right is a minimiser and R R' its covariance; R - N R[later] is that of the one without the later columns.
     """
-    eigenvalues, vectors = scipy.linalg.eigh(equations.matrix)
+    eigenvalues, vectors = np.linalg.eigh(equations.matrix)
     kept = eigenvalues > cutoff
     null = vectors[:, ~kept]
     later = _independent_rows_from_below(null)
-    null = scipy.linalg.solve(null[later].T, null.T).T
+    null = np.linalg.solve(null[later].T, null.T).T
     gap = eigenvalues[kept][0] / eigenvalues[-1]
     null[np.abs(null) < min(max(CANCELLED, 64 * EPS / gap), 1e-3)] = 0.0  # eigenvectors are off by eps / gap
     combinations = {}
@@ -240,6 +241,8 @@ def _least_norm(z: Matrix, null: Matrix, later: list[int], units: NDArray[np.flo
     columns keep small units accurate beside large ones (Cox and Higham 1998, Stability of Householder QR factorization for
     weighted least squares problems).
     """
+    import scipy.linalg  # here, since it brings a second BLAS and 100 MB with it, which few fits need
+
     earlier = np.setdiff1d(np.flatnonzero(null.any(axis=1)), later)
     combination = -null[earlier] * units[later] / units[earlier, None]
     basis = np.vstack([np.eye(len(earlier)), combination.T])
