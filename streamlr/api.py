@@ -21,7 +21,7 @@ from streamlr.passes.progress import Callback, shown
 from streamlr.passes.reduce import Reduced, reduce
 from streamlr.passes.write import write
 
-SOLVERS = ("auto", "normal")
+FEW_DIGITS = 4  # of a coefficient, below which a caller should hear of it
 Progress = bool | Callback
 
 
@@ -73,7 +73,7 @@ def fit(
     RankWarning
         Columns depend on others.
     PrecisionWarning
-        A column holds integers beyond 2**53, which float64 rounds.
+        A column holds integers beyond 2**53, which float64 rounds; or columns are so nearly dependent that few digits are right.
 
     Examples
     --------
@@ -86,7 +86,7 @@ def fit(
     ----------
     Chan, Golub and LeVeque (1983) for the moments, van der Sluis (1969) for the scaling of the equations.
     """
-    direct = as_direct(solver)
+    direct = Direct.named(solver)
     _check_target(dataset)
     reduced = _moments(dataset, memory_limit, progress)
     _warn_rounded(reduced.tally)
@@ -147,7 +147,7 @@ def solve(moments: Moments, solver: str | Direct = "auto", *, fit_intercept: boo
     >>> streamlr.solve(m, ridge=1.0).coef.round(3)
     array([0.8])
     """
-    return _solved(moments, as_direct(solver), fit_intercept, ridge, Tally(), None, {})
+    return _solved(moments, Direct.named(solver), fit_intercept, ridge, Tally(), None, {})
 
 
 def evaluate(model: FittedModel, dataset: Dataset, *, memory_limit: int | str | None = None, progress: Progress = False) -> Cost:
@@ -265,19 +265,10 @@ def plan(dataset: Dataset, solver: str | Direct = "auto", *, memory_limit: int |
     >>> streamlr.plan(streamlr.Dataset(np.zeros((1000, 3)), np.zeros(1000))).passes
     1
     """
-    as_direct(solver)
+    Direct.named(solver)
     statistic = MomentsOf(dataset.feature_names, dataset.target_names)
     bytes_needed = solve_bytes(dataset.n_features, dataset.n_targets)
     return plan_pass(dataset, statistic, task="normal", memory=memory_limit, solution_bytes=bytes_needed)[0]
-
-
-def as_direct(solver: str | Direct) -> Direct:
-    """Return the solver that a word stands for."""
-    if isinstance(solver, Direct):
-        return solver
-    if solver not in SOLVERS:
-        raise UsageError(f"solver is {solver!r}; allowed are {', '.join(map(repr, SOLVERS))} or a value such as Direct('normal')")
-    return Direct(solver)
 
 
 def _moments(dataset: Dataset, memory_limit: int | str | None, progress: Progress) -> Reduced[Moments]:
@@ -297,6 +288,13 @@ def _solved(
     errors = standard_errors(moments, solution, squares, fit_intercept=fit_intercept)
     if solution.aliased:
         warnings.warn(f"{describe_aliases(solution.aliased)} (rank {solution.rank})", RankWarning, stacklevel=3)
+    if solution.digits < FEW_DIGITS:
+        warnings.warn(
+            f"the columns are nearly dependent (condition {solution.condition:.2g}): about {solution.digits:.0f} digits of their "
+            "coefficients are right; leave some of them out, or use ridge",
+            PrecisionWarning,
+            stacklevel=3,
+        )
     several = moments.n_targets > 1
     return FittedModel(
         coef=solution.coef if several else solution.coef[:, 0],
