@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
+import json
+import lzma
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +15,8 @@ import numcodecs
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, GzipCodec, ShardingCodec, ZstdCodec
+from zarr.buffer import default_buffer_prototype
+from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, GzipCodec, ZstdCodec
 
 from streamlr.errors import ChunkCorrupt
 
@@ -84,21 +89,53 @@ def chunk_codec(array: zarr.Array[Any]) -> ChunkCodec | None:
     """Return the codec of the (inner) chunks of `array`, or None where zarr itself must decode them."""
     metadata: Any = array.metadata
     if metadata.zarr_format == 2:
-        if metadata.filters or (metadata.compressor is not None and metadata.compressor.codec_id not in _DECOMPRESSORS):
+        if metadata.filters or (metadata.compressor is not None and metadata.compressor.codec_id not in _DECLARED_SIZE | _BOUNDED):
             return None
         steps: tuple[Any, ...] = () if metadata.compressor is None else (metadata.compressor,)
         return ChunkCodec(array.chunks, array.dtype, metadata.order, steps)
     codecs = metadata.codecs
-    if len(codecs) == 1 and isinstance(codecs[0], ShardingCodec):
+    if array.shards is not None:
         codecs = codecs[0].codecs
     if not codecs or not isinstance(codecs[0], BytesCodec):
         return None
-    if not all(isinstance(codec, BloscCodec | Crc32cCodec | GzipCodec | ZstdCodec) for codec in codecs[1:]):
-        return None
-    endian = codecs[0].endian
-    dtype = array.dtype.newbyteorder(">" if endian is not None and endian.value == "big" else "<")
-    steps = tuple(codec if isinstance(codec, Crc32cCodec) else _numcodec(codec) for codec in reversed(codecs[1:]))
-    return ChunkCodec(array.chunks, dtype, "C", steps)
+    compressors = [codec for codec in codecs[1:3] if isinstance(codec, BloscCodec | GzipCodec | ZstdCodec)]
+    checksums = [codec for codec in codecs[1:] if isinstance(codec, Crc32cCodec)]
+    if len(compressors) > 1 or len(checksums) > 1 or list(codecs[1:]) != [*compressors, *checksums]:
+        return None  # only the last step may decode into the reused buffer: longer chains are zarr's
+    dtype = array.dtype.newbyteorder(">" if _word(codecs[0].endian) == "big" else "<")
+    return ChunkCodec(array.chunks, dtype, "C", (*checksums, *map(_numcodec, compressors)))
+
+
+class ZarrCodec:
+    """Lets zarr decode chunks whose codecs are not ours to undo, from the bytes already read and from nothing else.
+
+    zarr is given an array of one chunk in memory: what it cannot find there, it cannot replace by fill values.
+    """
+
+    def __init__(self, array: zarr.Array[Any]) -> None:
+        name = "zarr.json" if array.metadata.zarr_format == 3 else ".zarray"
+        document = json.loads(array.metadata.to_buffer_dict(default_buffer_prototype())[name].to_bytes())
+        document["shape"] = list(array.chunks)
+        if array.shards is not None:
+            document["chunk_grid"]["configuration"]["chunk_shape"] = list(array.chunks)
+            document["codecs"] = document["codecs"][0]["configuration"]["codecs"]
+        self._stored: dict[str, Any] = {name: _as_buffer(json.dumps(document).encode())}
+        self._one = zarr.open_array(zarr.storage.MemoryStore(self._stored), mode="r")
+        self._key = self._one.metadata.encode_chunk_key((0,) * array.ndim)
+
+    def decode(self, stored: Buffer, describe: Callable[[], str]) -> NDArray[Any]:
+        """Decode `stored` and return an array of the shape of a chunk, or raise `ChunkCorrupt`."""
+        self._stored[self._key] = _as_buffer(bytes(stored))
+        try:
+            return np.asarray(self._one[...])
+        except Exception as error:  # any codec may fail in its own way; the chunk is named, the cause kept
+            raise ChunkCorrupt(f"{describe()} cannot be decoded: {error}; restore it from its source") from error
+        finally:
+            del self._stored[self._key]
+
+
+def _as_buffer(data: bytes) -> Any:
+    return default_buffer_prototype().buffer.from_bytes(data)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,11 +172,15 @@ def shard_index(array: zarr.Array[Any]) -> ShardIndex | None:
         return None
     codec = metadata.codecs[0]
     plain = all(isinstance(step, BytesCodec | Crc32cCodec) for step in codec.index_codecs)
-    endian = codec.index_codecs[0].endian
-    if not plain or endian is None or endian.value != "little":
+    if not plain or _word(codec.index_codecs[0].endian) != "little":
         return None
     shape = tuple(shard // chunk for shard, chunk in zip(array.shards, array.chunks, strict=True))
-    return ShardIndex(shape, codec.index_location.value == "end", len(codec.index_codecs) > 1)
+    return ShardIndex(shape, _word(codec.index_location) == "end", len(codec.index_codecs) > 1)
+
+
+def _word(value: Any) -> Any:
+    """Return the word that a member of one of zarr's enumerations stands for; newer zarr has the word itself."""
+    return getattr(value, "value", value)
 
 
 def _numcodec(codec: BloscCodec | GzipCodec | ZstdCodec) -> Any:
@@ -159,8 +200,14 @@ def _check_crc32c(data: Buffer) -> memoryview:
 
 
 def _decompress(codec: Any, data: Buffer, target: NDArray[np.uint8]) -> Any:
-    """Decompress into `target` when the data declare exactly its size, since numcodecs says nothing of a shorter result."""
-    declared = _DECOMPRESSORS[codec.codec_id](memoryview(data))
+    """Decompress, but never to more than `target` holds: a few stored bytes can stand for gigabytes.
+
+    Into `target` only when the data declare exactly its size, since numcodecs says nothing of a shorter result.
+    """
+    size = _DECLARED_SIZE.get(codec.codec_id)
+    if size is None:
+        return _decompress_bounded(_BOUNDED[codec.codec_id](codec), data, target.nbytes)
+    declared = size(memoryview(data))
     if declared is not None and declared > target.nbytes:
         raise ValueError(f"it declares {declared:,} bytes where {target.nbytes:,} belong")
     if declared == target.nbytes:
@@ -188,16 +235,28 @@ def _blosc_size(data: memoryview) -> int | None:
     return int.from_bytes(data[4:8], "little")
 
 
-def _unstated(data: memoryview) -> None:
-    return None
+def _lz4_size(data: memoryview) -> int:
+    """Uncompressed size, the four bytes that numcodecs puts before an LZ4 block."""
+    return int.from_bytes(data[:4], "little")
 
 
-_DECOMPRESSORS: dict[str, Callable[[memoryview], int | None]] = {
-    "zstd": _zstd_size,
-    "blosc": _blosc_size,
-    "gzip": _unstated,
-    "zlib": _unstated,
-    "bz2": _unstated,
-    "lz4": _unstated,
-    "lzma": _unstated,
+def _decompress_bounded(decompressor: Any, data: Buffer, most: int) -> bytes:
+    found: bytes = decompressor.decompress(data, most + 1)
+    if len(found) > most:
+        raise ValueError(f"it decompresses to more than the {most:,} bytes that belong")
+    if not decompressor.eof or decompressor.unused_data:
+        raise ValueError("it is shorter or longer than what was compressed")
+    return found
+
+
+def _lzma(codec: Any) -> Any:
+    return lzma.LZMADecompressor(codec.format, filters=codec.filters if codec.format == lzma.FORMAT_RAW else None)
+
+
+_DECLARED_SIZE: dict[str, Callable[[memoryview], int | None]] = {"zstd": _zstd_size, "blosc": _blosc_size, "lz4": _lz4_size}
+_BOUNDED: dict[str, Callable[[Any], Any]] = {
+    "gzip": lambda codec: zlib.decompressobj(wbits=31),
+    "zlib": lambda codec: zlib.decompressobj(),
+    "bz2": lambda codec: bz2.BZ2Decompressor(),
+    "lzma": _lzma,
 }

@@ -1,4 +1,4 @@
-"""Dask arrays: used where they lie, one row of blocks at a time."""
+"""Dask arrays: used where they lie, one row of blocks at a time. And which kind of rows an array is."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import zarr
 
-from streamlr.dataset.rows import Reader, check_dtype
+from streamlr.dataset.integrity import array_fingerprint, check_complete, check_current
+from streamlr.dataset.rows import MemoryRows, Reader, Rows, check_dtype, plain_array
 from streamlr.dataset.zarr_rows import ZarrRows
-from streamlr.errors import UsageError
+from streamlr.errors import UnsupportedDtype, UsageError
+from streamlr.files import digest
 
 if TYPE_CHECKING:
     import dask.array as da
@@ -25,7 +27,6 @@ class DaskRows:
 
     array: da.Array
     label: str
-    allow_missing_chunks: bool = False
 
     def __post_init__(self) -> None:
         check_dtype(self.array.dtype, self.label)
@@ -63,28 +64,77 @@ class DaskRows:
 
     @property
     def reader_bytes(self) -> int:
-        """One row of blocks, and its pieces where it has several column blocks to be joined."""
-        joined = 1 if len(self.array.chunks[1]) == 1 else 2
-        return joined * self.chunk_rows * self.row_bytes
+        """An estimate, since a graph may hold anything: the block, what it is made of, and as much of one that waits.
+
+        Where blocks are joined from several, the pieces are held as well.
+        """
+        held = 4 if len(self.array.chunks[1]) == 1 else 8
+        return held * self.chunk_rows * self.row_bytes
 
     def reader(self) -> Reader:
         """Blocks are only read by the task that computes them."""
         raise TypeError("a Dask array is read block by block by the tasks of a pass; this is a bug in streamlr")
 
     def fingerprint(self) -> str:
-        """Return Dask's name of the array: a token of the graph that makes it."""
-        return str(self.array.name)
+        """Return Dask's name of the array, a token of the graph that makes it, with what its zarr arrays look like now."""
+        found = [array_fingerprint(array, label, None) for label, array in self.zarr_sources()]
+        return f"{self.array.name} {digest(found)}" if found else str(self.array.name)
+
+    def check(self, *, complete: bool) -> None:
+        """Raise unless the zarr arrays that the graph reads are what they were and, if `complete`, have all their chunks.
+
+        Dask reads an absent chunk as fill values without a word, so this is looked at before a pass and after it.
+        """
+        for label, array in self.zarr_sources():
+            check_current(array, label)
+            if complete:
+                check_complete(array, label, "or open the store by open_dataset(..., allow_missing_chunks=True)")
 
     def in_rows(self, sizes: tuple[int, ...]) -> da.Array:
         """Return the array with row blocks of these sizes, each of all columns."""
         rechunked: da.Array = self.array.rechunk((sizes, -1))
         return rechunked
 
-    def zarr_sources(self) -> list[ZarrRows]:
-        """Return the zarr arrays of numbers that the graph reads, as far as they can be found in it."""
-        found: dict[int, ZarrRows] = {}
+    def zarr_sources(self) -> list[tuple[str, zarr.Array[Any]]]:
+        """Return names and zarr arrays that the graph reads, as far as they can be found in it."""
+        found: dict[int, zarr.Array[Any]] = {}
         for node in self.array.__dask_graph__().values():
-            value = getattr(node, "value", node)
-            if isinstance(value, zarr.Array) and value.ndim in (1, 2):
-                found[id(value)] = ZarrRows(value, value.basename or self.label, allow_missing_chunks=self.allow_missing_chunks)
-        return list(found.values())
+            _collect(node, found)
+        return [(array.basename or self.label, array) for array in found.values()]
+
+
+def _collect(node: Any, found: dict[int, zarr.Array[Any]]) -> None:
+    """Look for zarr arrays in a node of a graph: by itself, as a literal, or among the arguments of a task, fused or not."""
+    if isinstance(node, zarr.Array):
+        found[id(node)] = node
+    elif isinstance(node, list | tuple):
+        for item in node:
+            _collect(item, found)
+    elif isinstance(node, dict):
+        _collect(list(node.values()), found)
+    elif hasattr(node, "dependencies"):  # one of Dask's own nodes
+        _collect([getattr(node, "value", None), getattr(node, "args", ()), getattr(node, "kwargs", {})], found)
+
+
+def as_rows(array: Any, label: str) -> Rows:
+    """Return a Dask, zarr or NumPy array (or what NumPy can make one of) as `Rows`, a 1-D array as one column."""
+    if isinstance(array, zarr.Array):
+        return ZarrRows(array, label)
+    if hasattr(array, "__dask_graph__"):
+        import dask.array as da
+
+        if not isinstance(array, da.Array):
+            array = array.to_dask_array()
+        return DaskRows(_two_dimensional(array, label), label)
+    values = plain_array(array)
+    if values.dtype.kind == "O":
+        raise UnsupportedDtype(f"{label} has dtype object; allowed are real numbers: convert it with astype(float) first")
+    return MemoryRows(_two_dimensional(values, label), label)
+
+
+def _two_dimensional(array: Any, label: str) -> Any:
+    if array.ndim == 1:
+        return array[:, None]
+    if array.ndim != 2:
+        raise UsageError(f"{label} has {array.ndim} dimensions; allowed are 1 (a column) and 2 (rows and columns)")
+    return array

@@ -4,78 +4,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
 
-from streamlr.dataset.blocks import Block, Span, tile_edges, tile_rows
-from streamlr.dataset.dask_rows import DaskRows
-from streamlr.dataset.rows import MemoryRows, Rows
-from streamlr.dataset.zarr_rows import ZarrRows
-from streamlr.errors import DataError, NonFiniteValue, NoRows, RowCountMismatch, UnsupportedDtype, UsageError
+from streamlr.dataset.blocks import Block, Span, Subset, tile_edges, tile_rows
+from streamlr.dataset.blocks import Tally as Tally
+from streamlr.dataset.dask_rows import as_rows
+from streamlr.dataset.rows import Rows
+from streamlr.errors import DataError, NonFiniteValue, NoRows, RowCountMismatch, UsageError
 from streamlr.files import digest
 
 EXACT_INTEGERS = 2.0**53  # beyond it float64 skips integers
 MISSING_POLICIES = ("error", "drop")
-
-
-@dataclass(frozen=True)
-class Tally:
-    """What a reading met besides the rows it kept; tallies of disjoint rows add up.
-
-    Attributes
-    ----------
-    rows : int
-        Rows read.
-    dropped : int
-        Rows left out because a value was missing.
-    dropped_by_column : mapping of str to int
-        For each column, how many of those rows lacked its value.
-    chunks_missing : int
-        Absent chunks read as fill values, where that was allowed.
-    rounded : frozenset of str
-        Columns with integers beyond 2**53, which float64 rounds.
-    """
-
-    rows: int = 0
-    dropped: int = 0
-    dropped_by_column: Mapping[str, int] = field(default_factory=dict)
-    chunks_missing: int = 0
-    rounded: frozenset[str] = frozenset()
-
-    def __add__(self, other: Tally) -> Tally:
-        names = sorted({*self.dropped_by_column, *other.dropped_by_column})
-        by_column = {name: self.dropped_by_column.get(name, 0) + other.dropped_by_column.get(name, 0) for name in names}
-        return Tally(
-            self.rows + other.rows,
-            self.dropped + other.dropped,
-            by_column,
-            self.chunks_missing + other.chunks_missing,
-            self.rounded | other.rounded,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Subset:
-    """Rows whose hashed position falls below `fraction` (or, with `complement`, does not)."""
-
-    fraction: float
-    seed: int
-    complement: bool
-
-    def holds(self, start: int, stop: int) -> NDArray[np.bool_]:
-        """Return, for each of the rows [start, stop), whether it belongs (splitmix64; Steele, Lea and Flood 2014, figure 15)."""
-        gamma = 0x9E3779B97F4A7C15
-        z = np.arange(start + 1, stop + 1, dtype=np.uint64) * np.uint64(gamma) + np.uint64(self.seed * gamma % 2**64)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        z ^= z >> np.uint64(31)
-        chosen = (z >> np.uint64(11)).astype(np.float64) * 2.0**-53 < self.fraction
-        return ~chosen if self.complement else chosen
 
 
 class Dataset:
@@ -382,22 +325,6 @@ class Dataset:
         return frozenset(names)
 
 
-def as_rows(array: Any, label: str) -> Rows:
-    """Return a Dask, zarr or NumPy array (or what NumPy can make one of) as `Rows`, a 1-D array as one column."""
-    if isinstance(array, zarr.Array):
-        return ZarrRows(array, label)
-    if hasattr(array, "__dask_graph__"):
-        import dask.array as da
-
-        if not isinstance(array, da.Array):
-            array = array.to_dask_array()
-        return DaskRows(_two_dimensional(array, label), label)
-    values = np.asarray(array)
-    if values.dtype.kind == "O":
-        raise UnsupportedDtype(f"{label} has dtype object; allowed are real numbers: convert it with astype(float) first")
-    return MemoryRows(_two_dimensional(values, label), label)
-
-
 def default_names(stem: str, count: int) -> tuple[str, ...]:
     """Return the names of columns that have none.
 
@@ -407,14 +334,6 @@ def default_names(stem: str, count: int) -> tuple[str, ...]:
     ('x0', 'x1', 'x2')
     """
     return tuple(f"{stem}{number}" for number in range(count))
-
-
-def _two_dimensional(array: Any, label: str) -> Any:
-    if array.ndim == 1:
-        return array[:, None]
-    if array.ndim != 2:
-        raise UsageError(f"{label} has {array.ndim} dimensions; allowed are 1 (a column) and 2 (rows and columns)")
-    return array
 
 
 def _row(piece: Span, positions: NDArray[np.int64] | None, number: int) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,11 @@ from typing import Any
 
 import zarr
 from zarr.buffer import default_buffer_prototype
-from zarr.storage import LocalStore
+from zarr.codecs import Crc32cCodec
+from zarr.core.sync import sync  # stores are bound to zarr's own event loop, and this is the way in
+from zarr.storage import FsspecStore, LocalStore
 
-from streamlr.errors import StoreIncomplete
+from streamlr.errors import ChunkCorrupt, ChunkMissing, StoreChanged, StoreIncomplete
 from streamlr.files import digest
 
 ATTRIBUTE = "streamlr"
@@ -122,7 +125,10 @@ def read_seal(group: zarr.Group) -> Seal | None:
 def chunk_positions(array: zarr.Array[Any]) -> Iterator[tuple[int, ...]]:
     """Iterate, in C order, over the positions of the pieces that the store holds: chunks, or shards where there are any."""
     piece = array.shards or array.chunks
-    return itertools.product(*(range(-(-length // size)) for length, size in zip(array.shape, piece, strict=True)))
+    grid = [range(-(-length // size)) for length, size in zip(array.shape, piece, strict=True)]
+    for first in grid[0]:  # one range by itself, since `product` makes tuples of all of them before it begins
+        for others in itertools.product(*grid[1:]):
+            yield (first, *others)
 
 
 def chunk_key(array: zarr.Array[Any], position: tuple[int, ...]) -> str:
@@ -131,15 +137,88 @@ def chunk_key(array: zarr.Array[Any], position: tuple[int, ...]) -> str:
     return f"{array.path}/{key}" if array.path else key
 
 
+def describe_chunk(array: zarr.Array[Any], label: str, position: tuple[int, ...], *, shard: bool = False) -> str:
+    """Name a chunk, or a shard, and the rows that it holds."""
+    height = (array.shards if shard and array.shards else array.chunks)[0]
+    first = position[0] * height
+    rows = f"rows {first:,} to {min(first + height, array.shape[0]) - 1:,}"
+    return f"{'shard' if shard else 'chunk'} {'.'.join(map(str, position))} of array {label!r} ({rows})"
+
+
 def local_root(array: zarr.Array[Any]) -> Path | None:
     """Return the folder of the store of `array` when it is one on a local disk, else None."""
     store = array.store
     while hasattr(store, "_store"):  # a zarr.storage.WrapperStore, which documents this attribute
         store = store._store
-    return Path(store.root) if isinstance(store, LocalStore) else None
+    if isinstance(store, LocalStore):
+        return Path(store.root)
+    if isinstance(store, FsspecStore) and "file" in (store.fs.protocol, *store.fs.protocol):  # what da.from_zarr(path) makes
+        return Path(store.path)
+    return None
 
 
-def array_fingerprint(array: zarr.Array[Any], checksums: bytes | None) -> str:
+def file_status(path: Path, label: str) -> os.stat_result | None:
+    """Return the status of a chunk's file, None where there is none.
+
+    Raises
+    ------
+    ChunkCorrupt
+        Something is there, or may be, but it is no file that can be read: that is not the same as an absent chunk.
+    """
+    try:
+        status = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise ChunkCorrupt(f"{path} of array {label!r} cannot be read: {error}; check disk and permissions") from error
+    if stat.S_ISDIR(status.st_mode):
+        raise ChunkCorrupt(f"{path} of array {label!r} cannot be read: it is a folder; restore the chunk from its source")
+    return status
+
+
+def check_complete(array: zarr.Array[Any], label: str, remedy: str) -> None:
+    """Raise `ChunkMissing` unless every chunk (or shard) is there and, where that can be told, not empty; no chunk is read."""
+    root = local_root(array)
+    listed: set[str] | None = None
+    if root is None and array.store.supports_listing:
+        listed = sync(_list_keys(array))
+    for position in chunk_positions(array):
+        key = chunk_key(array, position)
+        if root is not None:
+            status = file_status(root / key, label)
+            present = status is not None and status.st_size > 0
+        else:
+            present = key in listed if listed is not None else sync(array.store.exists(key))
+        if not present:
+            if root is not None and not (root / array.path).is_dir():
+                raise ChunkMissing(f"the store {root} of array {label!r} is gone; is it still mounted?")
+            raise ChunkMissing(
+                f"{describe_chunk(array, label, position, shard=array.shards is not None)} is missing from {array.store_path}, "
+                f"or empty; restore it, {remedy}"
+            )
+
+
+async def _list_keys(array: zarr.Array[Any]) -> set[str]:
+    return {key async for key in array.store.list_prefix(f"{array.path}/" if array.path else "")}
+
+
+def check_current(array: zarr.Array[Any], label: str) -> None:
+    """Raise `StoreChanged` unless the metadata of `array` are what they were when it was opened."""
+    try:
+        stored = zarr.open_array(array.store_path)
+    except Exception as error:  # metadata that are gone or do not parse raise whatever the store or the parser raises
+        raise StoreChanged(
+            f"the metadata of array {label!r} at {array.store_path} cannot be read any more ({error}); is the store still mounted? "
+            "open it again"
+        ) from error
+    if _canonical(stored) != _canonical(array):
+        raise StoreChanged(
+            f"array {label!r} at {array.store_path} is not what it was when it was opened (shape {array.shape}, now "
+            f"{stored.shape}, or dtype, chunks, codecs): a writer changed it; wait until the writer has finished, and open it again"
+        )
+
+
+def array_fingerprint(array: zarr.Array[Any], label: str, checksums: bytes | None) -> str:
     """Return the sha256 of an array's metadata and, for each chunk, its checksum in the manifest, else its size and time of change.
 
     A chunk that is absent counts as such. On stores that are not local only the metadata are available at this price.
@@ -150,24 +229,26 @@ def array_fingerprint(array: zarr.Array[Any], checksums: bytes | None) -> str:
         facts.append(checksums.hex())
     elif root is not None:
         for position in chunk_positions(array):
-            try:
-                status = os.stat(root / chunk_key(array, position))
-            except FileNotFoundError:
-                facts.append(None)
-            else:
-                facts.append([status.st_size, status.st_mtime_ns])
+            status = file_status(root / chunk_key(array, position), label)
+            facts.append(None if status is None else [status.st_size, status.st_mtime_ns])
     return digest(facts)
+
+
+def _canonical(array: zarr.Array[Any]) -> dict[str, Any]:
+    """Return the metadata document as zarr writes it, without the attributes."""
+    name = "zarr.json" if array.metadata.zarr_format == 3 else ".zarray"
+    document: dict[str, Any] = json.loads(array.metadata.to_buffer_dict(default_buffer_prototype())[name].to_bytes())
+    document.pop("attributes", None)
+    return document
 
 
 def _metadata_digest(array: zarr.Array[Any]) -> str:
     """Digest the metadata document as stored, so that an edit on disk shows even where zarr would not mind it."""
-    name = "zarr.json" if array.metadata.zarr_format == 3 else ".zarray"
     root = local_root(array)
-    if root is not None:
-        text = (root / array.path / name).read_bytes()
-    else:
-        text = array.metadata.to_buffer_dict(default_buffer_prototype())[name].to_bytes()
-    document = json.loads(text)
+    if root is None:
+        return digest(_canonical(array))
+    name = "zarr.json" if array.metadata.zarr_format == 3 else ".zarray"
+    document = json.loads((root / array.path / name).read_bytes())
     document.pop("attributes", None)
     return digest(document)
 
@@ -176,6 +257,11 @@ def _stored_checksums(array: zarr.Array[Any]) -> Iterator[bytes]:
     root = local_root(array)
     if root is None:
         raise StoreIncomplete(f"the store {array.store} is not on a local disk; write it there and copy it")
+    metadata: Any = array.metadata
+    if array.shards is not None or not isinstance(metadata.codecs[-1], Crc32cCodec):
+        raise StoreIncomplete(
+            f"the chunks of array {array.name!r} do not end with a crc32c; write it unsharded, with that codec last"
+        )
     for position in chunk_positions(array):
         path = root / chunk_key(array, position)
         try:

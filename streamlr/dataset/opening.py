@@ -117,7 +117,9 @@ class _Catalogue:
         try:
             found = dict(sorted(node.arrays())) if isinstance(node, zarr.Group) else {node.basename or "X": node}
         except Exception as error:  # as in open_node
-            raise StoreIncomplete(f"the metadata of an array in {self.where} cannot be understood ({error})") from error
+            raise StoreIncomplete(
+                f"the metadata of an array in {self.where} cannot be understood ({error}); restore its zarr.json"
+            ) from error
         self.arrays = found
         if not found:
             raise UsageError(f"{self.where} is a group without arrays; give the path of the group or array that holds the rows")

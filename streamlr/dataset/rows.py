@@ -83,6 +83,19 @@ def check_dtype(dtype: np.dtype[Any], label: str) -> None:
         )
 
 
+def plain_array(values: Any) -> NDArray[Any]:
+    """Return an array in memory as a plain one; what a mask hides becomes NaN, so that it is missing and not a number.
+
+    Examples
+    --------
+    >>> plain_array(np.ma.masked_equal([1, 2], 2))
+    array([ 1., nan])
+    """
+    if isinstance(values, np.ma.MaskedArray) and np.ma.is_masked(values):
+        return np.where(np.ma.getmaskarray(values), np.nan, values.data)
+    return np.asarray(values)
+
+
 @dataclass(frozen=True, slots=True)
 class MemoryRows:
     """Columns of a NumPy array; the array's first row is row `offset` of the dataset."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +14,26 @@ import zarr
 from numpy.typing import NDArray
 from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, SuffixByteRequest
 from zarr.buffer import default_buffer_prototype
+from zarr.codecs import ShardingCodec
 from zarr.core.sync import sync  # stores are bound to zarr's own event loop, and this is the way in
+from zarr.storage import LocalStore
 
-from streamlr.dataset.codecs import ABSENT, KNOWN_V2, ChunkCodec, ShardIndex, chunk_codec, shard_index
-from streamlr.dataset.integrity import CHECKSUM_BYTES, array_fingerprint, chunk_key, chunk_positions, local_root
+from streamlr.dataset.codecs import ABSENT, KNOWN_V2, ChunkCodec, ShardIndex, ZarrCodec, chunk_codec, shard_index
+from streamlr.dataset.integrity import (
+    CHECKSUM_BYTES,
+    array_fingerprint,
+    check_complete,
+    check_current,
+    chunk_key,
+    describe_chunk,
+    local_root,
+)
 from streamlr.dataset.rows import check_dtype
-from streamlr.errors import ChunkCorrupt, ChunkMissing, DataError, StoreIncomplete, UnsupportedDtype
+from streamlr.errors import ChunkCorrupt, ChunkMissing, DataError, StoreChanged, StoreIncomplete, UnsupportedDtype
 
 MAX_CHUNKS = 10**9  # more than any disk holds: the shape in the metadata was altered
+PAUSES = (0.1, 0.5)  # seconds before a failed read is tried again: networks and network disks fail for a moment
+REMEDY = "or, if its writer leaves out chunks of fill values, pass allow_missing_chunks=True (--allow-missing-chunks)"
 Position = tuple[int, ...]
 
 
@@ -106,9 +119,13 @@ class ZarrRows:
     def fingerprint(self) -> str:
         """Return a digest of the metadata and, per chunk, of the manifest's checksum, else size and time of change."""
         try:
-            return array_fingerprint(self.array, self.checksums)
-        except FileNotFoundError as error:
-            raise ChunkMissing(f"the metadata of array {self.label!r} are gone ({error}); is the store still mounted?") from error
+            return array_fingerprint(self.array, self.label, self.checksums)
+        except (OSError, ValueError) as error:
+            if isinstance(error, DataError):
+                raise
+            raise StoreChanged(
+                f"the metadata of array {self.label!r} cannot be read any more ({error}); is it still mounted?"
+            ) from error
 
     def positions(self, first: int, stop: int) -> Iterator[Position]:
         """Iterate over the chunks that hold the columns that are read, for rows of chunks from `first` to before `stop`."""
@@ -116,16 +133,14 @@ class ZarrRows:
             for column_chunk in self.column_chunks:
                 yield (row_chunk, column_chunk)[: self.array.ndim]
 
-    def check_complete(self) -> None:
-        """Raise `ChunkMissing` unless every chunk (or shard) on a local disk is there and not empty; no chunk is read."""
-        root = local_root(self.array)
-        if root is None or self.allow_missing_chunks:
-            return
-        reader = self.reader()
-        for position in chunk_positions(self.array):
-            path = root / chunk_key(self.array, position)
-            if not path.is_file() or path.stat().st_size == 0:
-                raise ChunkMissing(reader.absence(position))
+    def check(self, *, complete: bool) -> None:
+        """Raise unless the array is what it was when it was opened and, on a local disk, all its chunks are there.
+
+        No chunk is read. Elsewhere the reader finds an absent chunk as soon as it asks for it.
+        """
+        check_current(self.array, self.label)
+        if complete and not self.allow_missing_chunks and local_root(self.array) is not None:
+            check_complete(self.array, self.label, REMEDY)
 
 
 class ZarrReader:
@@ -134,9 +149,10 @@ class ZarrReader:
     def __init__(self, rows: ZarrRows) -> None:
         self.rows = rows
         self.chunks_missing = 0
-        self._codec = chunk_codec(rows.array)
+        self._codec = chunk_codec(rows.array) or ZarrCodec(rows.array)
         self._index = shard_index(rows.array)
         self._root = local_root(rows.array)
+        self._files = self._root if type(rows.array.store) is LocalStore else None  # a wrapper may do more than read files
         self._held = -1
         self._shard: tuple[Position, NDArray[np.uint64]] | None = None
         self._decoded: dict[int, NDArray[np.uint8]] = {}
@@ -171,15 +187,18 @@ class ZarrReader:
             if not self.rows.allow_missing_chunks:
                 raise ChunkMissing(self.absence(position))
             self.chunks_missing += 1
-            return np.full(array.chunks, array.fill_value, dtype=array.dtype).reshape(array.chunks[0], -1)
+            fill = 0 if array.fill_value is None else array.fill_value  # none is stated (v2): zarr reads zeros
+            return np.full(array.chunks, fill, dtype=array.dtype).reshape(array.chunks[0], -1)
         self._check_manifest(position, stored)
-        if self._codec is None:
-            return self._decode_by_zarr(position)
-        out = self._buffer(position, self._codec)
-        return self._codec.decode(stored, out, lambda: self._describe(position)).reshape(array.chunks[0], -1)
+        if isinstance(self._codec, ZarrCodec):
+            decoded = self._codec.decode(stored, lambda: self._describe(position))
+        else:
+            decoded = self._codec.decode(stored, self._buffer(position, self._codec), lambda: self._describe(position))
+        return decoded.reshape(array.chunks[0], -1)
 
     def _hold(self, row_chunk: int) -> None:
         self._held = -1  # nothing is held while a chunk is being replaced, so that an error leaves no mixture
+        self._pieces = []  # and its memory is free for the next one
         ndim = self.rows.array.ndim
         self._pieces = [self.chunk((row_chunk, column)[:ndim]) for column in self.rows.column_chunks]
         self._held = row_chunk
@@ -226,26 +245,22 @@ class ZarrReader:
         return self._shard[1]
 
     def _get(self, key: str, request: ByteRequest | None) -> bytes | None:
-        try:
-            if self._root is None:
+        for pause in (*PAUSES, None):
+            try:
+                if self._files is not None:
+                    return _read_file(self._files / key, request)
                 buffer = sync(self.rows.array.store.get(key, default_buffer_prototype(), request))
                 return None if buffer is None else buffer.to_bytes()
-            return _read_file(self._root / key, request)
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except OSError as error:
-            raise ChunkCorrupt(
-                f"{key!r} of array {self.rows.label!r} cannot be read: {error}; check disk and permissions"
-            ) from error
-
-    def _decode_by_zarr(self, position: Position) -> NDArray[Any]:
-        """Let zarr decode a chunk whose codecs are not ours to undo; a chunk at the edge comes back cut to the array."""
-        array = self.rows.array
-        where = tuple(slice(p * size, (p + 1) * size) for p, size in zip(position, array.chunks, strict=True))
-        try:
-            return np.asarray(array[where]).reshape(min(array.chunks[0], array.shape[0] - where[0].start), -1)
-        except Exception as error:  # any codec may fail in its own way; the chunk is named, the cause kept
-            raise ChunkCorrupt(f"{self._describe(position)} cannot be decoded: {error}; restore it from its source") from error
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+            except Exception as error:  # remote stores raise what their clients raise
+                if pause is None or isinstance(error, PermissionError | IsADirectoryError):
+                    raise ChunkCorrupt(
+                        f"{key!r} of array {self.rows.label!r} in {self.rows.array.store} cannot be read: {error}; "
+                        "check disk, network and permissions"
+                    ) from error
+                time.sleep(pause)
+        raise AssertionError("the last attempt returns or raises")
 
     def _check_manifest(self, position: Position, stored: bytes) -> None:
         if self.rows.checksums is None:
@@ -259,19 +274,13 @@ class ZarrReader:
             )
 
     def _describe(self, position: Position) -> str:
-        height = self.rows.array.chunks[0]
-        first = position[0] * height
-        rows = f"rows {first:,} to {min(first + height, self.rows.n_rows) - 1:,}"
-        return f"chunk {'.'.join(map(str, position))} of array {self.rows.label!r} ({rows})"
+        return describe_chunk(self.rows.array, self.rows.label, position)
 
     def absence(self, position: Position) -> str:
         """Say that the chunk at `position` is absent, and what to do."""
         if self._root is not None and not (self._root / self.rows.array.path).is_dir():
             return f"the store {self._root} is gone while array {self.rows.label!r} was being read; is it still mounted?"
-        return (
-            f"{self._describe(position)} is missing from {self.rows.array.store_path}; restore it, or, if its writer leaves out "
-            "chunks of fill values, pass allow_missing_chunks=True (--allow-missing-chunks)"
-        )
+        return f"{self._describe(position)} is missing from {self.rows.array.store_path}; restore it, {REMEDY}"
 
 
 def check_array(array: zarr.Array[Any], label: str) -> None:
@@ -285,6 +294,10 @@ def check_array(array: zarr.Array[Any], label: str) -> None:
         unknown = [codec.codec_id for codec in codecs if codec.codec_id not in KNOWN_V2]
         if unknown:
             raise UnsupportedDtype(f"array {label!r} uses the codec {unknown[0]!r}, not one for numbers; write it again without")
+    elif getattr(metadata.chunk_grid, "chunk_shape", None) is None:
+        raise DataError(f"array {label!r} has chunks of unequal sizes; write it again with a regular chunk grid")
+    elif any(isinstance(codec, ShardingCodec) for codec in metadata.inner_codecs):
+        raise DataError(f"array {label!r} has shards within shards or other codecs; write it again with plain shards")
     packed = [key for key in ("scale_factor", "add_offset") if key in array.attrs]
     if packed:
         raise DataError(
@@ -316,7 +329,7 @@ def _as_slice(numbers: tuple[int, ...]) -> slice | list[int]:
 
 
 def _read_file(path: Path, request: ByteRequest | None) -> bytes:
-    with path.open("rb", buffering=0) as file:
+    with path.open("rb") as file:
         if isinstance(request, SuffixByteRequest):
             size = file.seek(0, 2)
             file.seek(max(size - request.suffix, 0))
@@ -325,4 +338,4 @@ def _read_file(path: Path, request: ByteRequest | None) -> bytes:
             return file.read(request.end - request.start)
         elif isinstance(request, OffsetByteRequest):
             file.seek(request.offset)
-        return file.readall()
+        return file.read()

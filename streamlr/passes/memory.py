@@ -15,6 +15,7 @@ from streamlr.errors import UsageError
 
 SHARE = 0.8  # of the smallest limit found; the rest is for what no plan sees: allocator slack, thread stacks, other libraries
 PYTHON_BYTES = 130_000_000  # the interpreter and the imports of a fit, as measured
+SET_ASIDE_BYTES = 150_000_000  # stacks of threads and buffers of OpenBLAS that are never touched, but that RLIMIT_DATA counts
 UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
@@ -62,14 +63,18 @@ def parse_bytes(text: int | str) -> int:
 
 
 def memory_in_use(limit_source: str) -> int:
-    """Return the bytes that count against the limit already: resident pages, or for RLIMIT_DATA all writable private ones."""
-    field = "VmData" if "RLIMIT_DATA" in limit_source else "VmRSS"
+    """Return the bytes that count against the limit already: resident pages and, for RLIMIT_DATA, what is set aside besides.
+
+    What the kernel counts there now would be no guide: before a first pass the buffers are not yet set aside, and after it the
+    count holds what that pass has freed and the next will use again.
+    """
+    aside = SET_ASIDE_BYTES if "RLIMIT_DATA" in limit_source else 0
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:  # not Linux: what a fresh process needs is the best guess
-        return PYTHON_BYTES
-    match = re.search(rf"^{field}:\s+(\d+) kB", status, re.MULTILINE)
-    return max(PYTHON_BYTES, int(match[1]) * 1024 if match else 0)
+        return PYTHON_BYTES + aside
+    match = re.search(r"^VmRSS:\s+(\d+) kB", status, re.MULTILINE)
+    return max(PYTHON_BYTES, int(match[1]) * 1024 if match else 0) + aside
 
 
 def _control_groups() -> dict[str, int]:
@@ -118,6 +123,7 @@ def one_blas_thread() -> Iterator[None]:
 
     with _lock:
         if _holders == 0:
+            _free_openblas()
             _limits = threadpool_limits(limits=1, user_api="blas")
         _holders += 1
     try:
@@ -126,5 +132,16 @@ def one_blas_thread() -> Iterator[None]:
         with _lock:
             _holders -= 1
             if _holders == 0:
+                _free_openblas()  # the last holder is often another thread than the first
                 _limits.restore_original_limits()
                 _limits = None
+                _free_openblas()
+
+
+def _free_openblas() -> None:
+    """Let any thread set OpenBLAS's threads: from 3.8 on, threadpoolctl silently ignores all but the first that did."""
+    import threadpoolctl
+
+    clear = getattr(getattr(threadpoolctl, "OpenBLASController", None), "clear_controlling_thread", None)
+    if clear is not None:
+        clear(force=True)

@@ -130,7 +130,7 @@ def block_spans(rows: DaskRows) -> list[Span]:
 
 def worker_count() -> int:
     """Return how many tasks Dask would run at once: its `num_workers`, else one for each processor this process may use."""
-    if is_threaded():
+    if has_pool():
         return int(dask.config.get("num_workers", None) or CPU_COUNT or 1)
     scheduler = ambient_scheduler()
     return 1 if getattr(scheduler, "__name__", "") == "get_sync" else int(CPU_COUNT or os.cpu_count() or 1)
@@ -150,3 +150,8 @@ def is_threaded() -> bool:
     """Whether Dask's ambient scheduler is the threaded one, which is what it is when nobody chose another."""
     scheduler = ambient_scheduler()
     return scheduler is None or getattr(scheduler, "__module__", "") == "dask.threaded"
+
+
+def has_pool() -> bool:
+    """Whether it runs tasks on so many threads or processes of this machine as it is told."""
+    return is_threaded() or getattr(ambient_scheduler(), "__module__", "") == "dask.multiprocessing"

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from streamlr.dataset.dataset import Tally
+from streamlr.dataset.blocks import Tally
 from streamlr.errors import Cancelled
+
+PATIENCE = 1.5  # seconds to wait for tasks to notice that they are cancelled; Ctrl-C should end the process within two
+CANCELLED = "the pass was cancelled; nothing was written"
+_AT_IMPORT = secrets.token_hex(8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +55,33 @@ class RunningPass:
         self._rows = 0
         self._began = time.monotonic()
         self._lock = threading.Lock()
+        self._idle = threading.Condition(self._lock)
+        self._tasks = 0
+
+    @contextmanager
+    def task(self) -> Iterator[None]:
+        """Count a task of this process for as long as the block runs."""
+        with self._lock:
+            if self.cancelled:
+                raise Cancelled(CANCELLED)
+            self._tasks += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._tasks -= 1
+                self._idle.notify_all()
+
+    def cancel(self) -> None:
+        """Make every task stop at its next tile, and wait, for a while, until none is left to read or write behind our back."""
+        with self._idle:
+            self.cancelled = True
+            self._idle.wait_for(lambda: self._tasks == 0, timeout=PATIENCE)
 
     def note(self, tally: Tally) -> None:
         """Count rows that were read, tell the callback, and raise `Cancelled` when the pass is to stop."""
         if self.cancelled:
-            raise Cancelled("the pass was cancelled; nothing was written")
+            raise Cancelled(CANCELLED)
         if self._callback is None:
             return
         with self._lock:
@@ -70,20 +97,55 @@ _running: dict[str, RunningPass] = {}
 @contextmanager
 def running_pass(task: str, rows_total: int, row_bytes: int, callback: Callback | None) -> Iterator[str]:
     """Register a pass for as long as the block runs, and yield the key by which its tasks find it; an error cancels it."""
-    key = secrets.token_hex(8)
+    key = f"{_this_process()}-{secrets.token_hex(8)}"
     state = _running[key] = RunningPass(task, rows_total, row_bytes, callback)
     try:
         yield key
     except BaseException:  # Ctrl-C too: tasks in other threads look at the flag at every tile
-        state.cancelled = True
+        state.cancel()
         raise
     finally:
         del _running[key]
 
 
 def find_pass(key: str) -> RunningPass | None:
-    """Return the running pass of this process under `key`; None in another process."""
-    return _running.get(key)
+    """Return the running pass of this process under `key`; None in another process.
+
+    Raises
+    ------
+    Cancelled
+        It ran in this process and is over: what asks for it is a task that started too late.
+    """
+    state = _running.get(key)
+    if state is None and key.startswith(f"{_this_process()}-"):
+        raise Cancelled(CANCELLED)
+    return state
+
+
+class Share:
+    """One task's share of a pass: what it has met so far."""
+
+    def __init__(self, state: RunningPass | None) -> None:
+        self.tally = Tally()
+        self._state = state
+
+    def note(self, tally: Tally) -> None:
+        """Count rows here and in the pass; raises `Cancelled` when the pass is to stop."""
+        self.tally += tally
+        if self._state is not None:
+            self._state.note(tally)
+
+
+@contextmanager
+def share_of_pass(key: str) -> Iterator[Share]:
+    """Take part in the pass under `key`, as one task, while the block runs."""
+    state = find_pass(key)
+    with nullcontext() if state is None else state.task():
+        yield Share(state)
+
+
+def _this_process() -> str:
+    return f"{_AT_IMPORT}.{os.getpid():x}"  # a number alone may be another process's on another machine
 
 
 @contextmanager

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from dask.delayed import delayed
 
-from streamlr.dataset.blocks import MAX_SPANS, MIN_SPAN_BYTES, Span
-from streamlr.dataset.dataset import Tally
+from streamlr.dataset.blocks import MAX_SPANS, MIN_SPAN_BYTES, Span, Tally
 from streamlr.dataset.zarr_rows import ZarrRows
 from streamlr.errors import DataError
 from streamlr.passes.planning import worker_count

@@ -12,16 +12,16 @@ from dask.delayed import delayed
 from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
-from streamlr.dataset.blocks import Block, Plan, Span, spans
+from streamlr.dataset.blocks import Block, Plan, Span, Tally, spans
 from streamlr.dataset.dask_rows import DaskRows
-from streamlr.dataset.dataset import Dataset, Tally
+from streamlr.dataset.dataset import Dataset
 from streamlr.dataset.rows import MemoryRows
 from streamlr.errors import UsageError
 from streamlr.files import publish
 from streamlr.passes.memory import one_blas_thread
 from streamlr.passes.planning import make_plan, worker_count
-from streamlr.passes.progress import Callback, find_pass, running_pass
-from streamlr.passes.reduce import begin, compute, end, span_tasks, with_blocks
+from streamlr.passes.progress import Callback, running_pass, share_of_pass
+from streamlr.passes.reduce import begin, compute, end, errors_of_graphs, span_tasks, with_blocks
 
 CHUNK_ROWS = 65_536  # of the output, where the input has no chunks
 Function = Callable[[Block], NDArray[np.float64]]
@@ -86,10 +86,10 @@ def write(
             fill_value=np.nan,
             config={"write_empty_chunks": True},
         )
-        if dataset.missing == "drop":
-            dataset = dataset.keeping_places()
-        tasks = span_tasks(dataset, cut, name, write_span, (function, array, key))
-        tallies = compute(delayed(list)(tasks), plan.tasks_at_once)
+        whole = dataset.keeping_places() if dataset.missing == "drop" else dataset
+        tasks = span_tasks(whole, cut, name, write_span, (function, array, key))
+        with errors_of_graphs(dataset):
+            tallies = compute(delayed(list)(tasks), plan.tasks_at_once)
         tally = sum(tallies, Tally())
         end(dataset, before, tally)
     return tally
@@ -97,20 +97,11 @@ def write(
 
 def write_span(dataset: Dataset, span: Span, function: Function, array: zarr.Array[Any], key: str, *lazy: Any) -> Tally:
     """Task: write the rows of one span, which starts where a chunk of the output starts, chunk by chunk."""
-    state = find_pass(key)
-    total = Tally()
-
-    def report(tally: Tally) -> None:
-        nonlocal total
-        total += tally
-        if state is not None:
-            state.note(tally)
-
     chunk = array.chunks[0]
     buffer = np.empty((min(chunk, span.stop - span.start), *array.shape[1:]))
     flat = buffer.reshape(len(buffer), -1)
-    with one_blas_thread():
-        for block in with_blocks(dataset, span, lazy).blocks(span, report):
+    with share_of_pass(key) as share, one_blas_thread():  # given back before the pass hears that the task is done
+        for block in with_blocks(dataset, span, lazy).blocks(span, share.note):
             values = function(block)
             done = 0
             while done < len(values):
@@ -121,7 +112,7 @@ def write_span(dataset: Dataset, span: Span, function: Function, array: zarr.Arr
                 done += take
                 if row + take == min(first + chunk, span.stop):
                     array[first : row + take] = buffer[: row + take - first]
-    return total
+    return share.tally
 
 
 def _plan(dataset: Dataset, name: str, chunk: int, n_columns: int, memory: int | str | None) -> tuple[Plan, list[Span]]:
