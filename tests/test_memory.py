@@ -16,7 +16,7 @@ import zarr
 ROWS, FEATURES, CHUNK = 7_500_000, 100, 32_768  # 6.0 GB of float64 in chunks of 26 MB
 LIMIT = 500_000_000
 
-FIT_AND_PREDICT = """
+FIT_AND_PREDICT = r"""
 import json, re, sys
 import streamlr
 store, out = sys.argv[1:]

@@ -20,7 +20,7 @@ from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, GzipCodec, ZstdCode
 
 from streamlr.errors import ChunkCorrupt
 
-Buffer = bytes | memoryview
+Stored = bytes | memoryview
 ABSENT = 2**64 - 1  # what a shard's index says of an inner chunk that was never written
 
 # numcodecs by which a zarr v2 store of numbers may have been written; pickles and objects are refused before a byte is read
@@ -63,8 +63,13 @@ class ChunkCodec:
         """Whether the stored bytes end with a crc32c over all that precedes it."""
         return bool(self.steps) and isinstance(self.steps[0], Crc32cCodec)
 
-    def decode(self, stored: Buffer, out: NDArray[np.uint8], describe: Callable[[], str]) -> NDArray[Any]:
-        """Decode `stored`, using `out` (uint8, at least `nbytes`) where the codec can, and return an array of `shape`.
+    @property
+    def compressed(self) -> bool:
+        """Whether the stored bytes are others than the decoded ones."""
+        return any(not isinstance(step, Crc32cCodec) for step in self.steps)
+
+    def decode(self, stored: Stored, out: NDArray[np.uint8], describe: Callable[[], str]) -> NDArray[Any]:
+        """Decode `stored`, into `out` (uint8, `nbytes`) if it was compressed and the codec can, and return an array of `shape`.
 
         Raises
         ------
@@ -72,10 +77,9 @@ class ChunkCodec:
             A checksum differs, the bytes cannot be decompressed, or they are too few or too many; `describe` names the chunk.
         """
         data: Any = stored
-        target = out[: self.nbytes]
         try:
             for step in self.steps:
-                data = _check_crc32c(data) if isinstance(step, Crc32cCodec) else _decompress(step, data, target)
+                data = _check_crc32c(data) if isinstance(step, Crc32cCodec) else _decompress(step, data, out)
         except Exception as error:  # numcodecs and its C libraries raise what they like; whatever it is, this chunk is damaged
             raise ChunkCorrupt(f"{describe()} cannot be decoded: {error}; restore it from its source") from error
         found = memoryview(data).nbytes
@@ -123,7 +127,7 @@ class ZarrCodec:
         self._one = zarr.open_array(zarr.storage.MemoryStore(self._stored), mode="r")
         self._key = self._one.metadata.encode_chunk_key((0,) * array.ndim)
 
-    def decode(self, stored: Buffer, describe: Callable[[], str]) -> NDArray[Any]:
+    def decode(self, stored: Stored, describe: Callable[[], str]) -> NDArray[Any]:
         """Decode `stored` and return an array of the shape of a chunk, or raise `ChunkCorrupt`."""
         self._stored[self._key] = _as_buffer(bytes(stored))
         try:
@@ -154,7 +158,7 @@ class ShardIndex:
         """Stored bytes of the index."""
         return 16 * int(np.prod(self.shape)) + 4 * self.checked
 
-    def read(self, stored: Buffer, describe: Callable[[], str]) -> NDArray[np.uint64]:
+    def read(self, stored: Stored, describe: Callable[[], str]) -> NDArray[np.uint64]:
         """Return the index as an array of shape (*chunks per shard, 2)."""
         if len(stored) != self.nbytes:
             raise ChunkCorrupt(f"the index of {describe()} has {len(stored)} bytes where {self.nbytes} belong; restore the shard")
@@ -189,7 +193,7 @@ def _numcodec(codec: BloscCodec | GzipCodec | ZstdCodec) -> Any:
     return numcodecs.Blosc() if isinstance(codec, BloscCodec) else numcodecs.GZip()
 
 
-def _check_crc32c(data: Buffer) -> memoryview:
+def _check_crc32c(data: Stored) -> memoryview:
     view = memoryview(data)
     if len(view) < 4:
         raise ValueError("it is too short to hold its checksum")
@@ -199,7 +203,7 @@ def _check_crc32c(data: Buffer) -> memoryview:
     return view[:-4]
 
 
-def _decompress(codec: Any, data: Buffer, target: NDArray[np.uint8]) -> Any:
+def _decompress(codec: Any, data: Stored, target: NDArray[np.uint8]) -> Any:
     """Decompress, but never to more than `target` holds: a few stored bytes can stand for gigabytes.
 
     Into `target` only when the data declare exactly its size, since numcodecs says nothing of a shorter result.
@@ -240,7 +244,7 @@ def _lz4_size(data: memoryview) -> int:
     return int.from_bytes(data[:4], "little")
 
 
-def _decompress_bounded(decompressor: Any, data: Buffer, most: int) -> bytes:
+def _decompress_bounded(decompressor: Any, data: Stored, most: int) -> bytes:
     found: bytes = decompressor.decompress(data, most + 1)
     if len(found) > most:
         raise ValueError(f"it decompresses to more than the {most:,} bytes that belong")

@@ -3,36 +3,24 @@
 from __future__ import annotations
 
 import itertools
-import time
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, SuffixByteRequest
-from zarr.buffer import default_buffer_prototype
 from zarr.codecs import ShardingCodec
-from zarr.core.sync import sync  # stores are bound to zarr's own event loop, and this is the way in
-from zarr.storage import LocalStore
 
-from streamlr.dataset.codecs import ABSENT, KNOWN_V2, ChunkCodec, ShardIndex, ZarrCodec, chunk_codec, shard_index
-from streamlr.dataset.integrity import (
-    CHECKSUM_BYTES,
-    array_fingerprint,
-    check_complete,
-    check_current,
-    chunk_key,
-    describe_chunk,
-    local_root,
-)
+from streamlr.dataset.buffers import Buffer
+from streamlr.dataset.codecs import KNOWN_V2, ChunkCodec, ZarrCodec, chunk_codec
+from streamlr.dataset.integrity import array_fingerprint, check_complete, check_current, local_root
 from streamlr.dataset.rows import check_dtype
-from streamlr.errors import ChunkCorrupt, ChunkMissing, DataError, StoreChanged, StoreIncomplete, UnsupportedDtype
+from streamlr.dataset.stored_chunks import StoredChunks
+from streamlr.errors import ChunkMissing, DataError, StoreChanged, StoreIncomplete, UnsupportedDtype
 
 MAX_CHUNKS = 10**9  # more than any disk holds: the shape in the metadata was altered
-PAUSES = (0.1, 0.5)  # seconds before a failed read is tried again: networks and network disks fail for a moment
 REMEDY = "or, if its writer leaves out chunks of fill values, pass allow_missing_chunks=True (--allow-missing-chunks)"
 Position = tuple[int, ...]
 
@@ -108,9 +96,9 @@ class ZarrRows:
     @property
     def reader_bytes(self) -> int:
         """All column chunks of one row of chunks, decoded, one of them stored, and what zarr copies where it decodes."""
-        decoded = min(self.array.chunks[0], max(self.n_rows, 1)) * self.row_bytes
-        one = self.array.chunks[0] * self.row_bytes // len(self.column_chunks)
-        return len(self.column_chunks) * one + one if chunk_codec(self.array) is not None else 2 * decoded + one
+        decoded = self.array.chunks[0] * self.row_bytes
+        one = decoded // len(self.column_chunks)
+        return decoded + one if chunk_codec(self.array) is not None else 2 * decoded + one
 
     def reader(self) -> ZarrReader:
         """Return a reader of these rows."""
@@ -149,15 +137,12 @@ class ZarrReader:
     def __init__(self, rows: ZarrRows) -> None:
         self.rows = rows
         self.chunks_missing = 0
+        self._stored = StoredChunks(rows.array, rows.label, rows.checksums)
         self._codec = chunk_codec(rows.array) or ZarrCodec(rows.array)
-        self._index = shard_index(rows.array)
-        self._root = local_root(rows.array)
-        self._files = self._root if type(rows.array.store) is LocalStore else None  # a wrapper may do more than read files
-        self._held = -1
-        self._shard: tuple[Position, NDArray[np.uint64]] | None = None
-        self._decoded: dict[int, NDArray[np.uint8]] = {}
-        self._pieces: list[NDArray[Any]] = []
         self._copies = _column_copies(rows)
+        self._buffers: defaultdict[tuple[str, int], Buffer] = defaultdict(Buffer)
+        self._held = -1
+        self._pieces: list[NDArray[Any]] = []
 
     def read_into(self, out: NDArray[np.float64], start: int) -> None:
         """Fill `out` (m, c) with the rows from `start` on."""
@@ -174,6 +159,8 @@ class ZarrReader:
     def chunk(self, position: Position) -> NDArray[Any]:
         """Return the decoded chunk at `position`, as (rows, columns), after every check that needs no other chunk.
 
+        It is valid until the next chunk of the same columns is asked for.
+
         Raises
         ------
         ChunkMissing
@@ -181,19 +168,21 @@ class ZarrReader:
         ChunkCorrupt
             Its bytes cannot be what was written there.
         """
-        array = self.rows.array
-        stored = self._stored(position)
+        array, codec, column = self.rows.array, self._codec, position[-1] if len(position) == 2 else 0
+        # numbers stored plainly are used where they were read, so they need a place for each column chunk; others share one
+        in_place = isinstance(codec, ChunkCodec) and not codec.compressed
+        stored = self._stored.get(position, self._buffers["stored", column if in_place else 0])
         if stored is None:
             if not self.rows.allow_missing_chunks:
-                raise ChunkMissing(self.absence(position))
+                raise ChunkMissing(self._absence(position))
             self.chunks_missing += 1
             fill = 0 if array.fill_value is None else array.fill_value  # none is stated (v2): zarr reads zeros
             return np.full(array.chunks, fill, dtype=array.dtype).reshape(array.chunks[0], -1)
-        self._check_manifest(position, stored)
-        if isinstance(self._codec, ZarrCodec):
-            decoded = self._codec.decode(stored, lambda: self._describe(position))
+        if isinstance(codec, ZarrCodec):
+            decoded = codec.decode(stored, lambda: self._stored.describe(position))
         else:
-            decoded = self._codec.decode(stored, self._buffer(position, self._codec), lambda: self._describe(position))
+            out = self._buffers["decoded", column].take(codec.nbytes if codec.compressed else 0)
+            decoded = codec.decode(stored, out, lambda: self._stored.describe(position))
         return decoded.reshape(array.chunks[0], -1)
 
     def _hold(self, row_chunk: int) -> None:
@@ -203,84 +192,11 @@ class ZarrReader:
         self._pieces = [self.chunk((row_chunk, column)[:ndim]) for column in self.rows.column_chunks]
         self._held = row_chunk
 
-    def _buffer(self, position: Position, codec: ChunkCodec) -> NDArray[np.uint8]:
-        column = position[-1] if len(position) == 2 else 0
-        if column not in self._decoded:
-            self._decoded[column] = np.empty(codec.nbytes, dtype=np.uint8)
-        return self._decoded[column]
-
-    def _stored(self, position: Position) -> bytes | None:
-        """Return the stored bytes of a chunk, None when there are none; a file that is there but empty is an error."""
-        array = self.rows.array
-        if array.shards is None:
-            stored = self._get(chunk_key(array, position), None)
-            if stored is not None and not stored:
-                raise ChunkMissing(f"{self._describe(position)} is there but empty; restore it from its source")
-            return stored
-        per_shard = tuple(shard // chunk for shard, chunk in zip(array.shards, array.chunks, strict=True))
-        shard = tuple(p // n for p, n in zip(position, per_shard, strict=True))
-        if self._index is None:
-            raise DataError(f"array {self.rows.label!r} has a shard index of an unusual kind; write it with the default")
-        entries = self._shard_entries(shard, self._index)
-        if entries is None:
-            return None
-        offset, length = (int(number) for number in entries[tuple(p % n for p, n in zip(position, per_shard, strict=True))])
-        if offset == ABSENT:
-            return None
-        stored = self._get(chunk_key(array, shard), RangeByteRequest(offset, offset + length))
-        if stored is None or len(stored) != length:
-            raise ChunkCorrupt(f"{self._describe(position)} is cut short inside its shard; restore the shard from its source")
-        return stored
-
-    def _shard_entries(self, shard: Position, index: ShardIndex) -> NDArray[np.uint64] | None:
-        if self._shard is None or self._shard[0] != shard:
-            key = chunk_key(self.rows.array, shard)
-            request = SuffixByteRequest(index.nbytes) if index.at_end else RangeByteRequest(0, index.nbytes)
-            stored = self._get(key, request)
-            if stored is None:
-                return None
-            if not stored:
-                raise ChunkMissing(f"shard {key!r} of array {self.rows.label!r} is there but empty; restore it from its source")
-            self._shard = shard, index.read(stored, lambda: f"shard {key!r} of array {self.rows.label!r}")
-        return self._shard[1]
-
-    def _get(self, key: str, request: ByteRequest | None) -> bytes | None:
-        for pause in (*PAUSES, None):
-            try:
-                if self._files is not None:
-                    return _read_file(self._files / key, request)
-                buffer = sync(self.rows.array.store.get(key, default_buffer_prototype(), request))
-                return None if buffer is None else buffer.to_bytes()
-            except (FileNotFoundError, NotADirectoryError):
-                return None
-            except Exception as error:  # remote stores raise what their clients raise
-                if pause is None or isinstance(error, PermissionError | IsADirectoryError):
-                    raise ChunkCorrupt(
-                        f"{key!r} of array {self.rows.label!r} in {self.rows.array.store} cannot be read: {error}; "
-                        "check disk, network and permissions"
-                    ) from error
-                time.sleep(pause)
-        raise AssertionError("the last attempt returns or raises")
-
-    def _check_manifest(self, position: Position, stored: bytes) -> None:
-        if self.rows.checksums is None:
-            return
-        grid = tuple(-(-length // size) for length, size in zip(self.rows.array.shape, self.rows.array.chunks, strict=True))
-        number = int(np.ravel_multi_index(position, grid)) * CHECKSUM_BYTES
-        if stored[-CHECKSUM_BYTES:] != self.rows.checksums[number : number + CHECKSUM_BYTES]:
-            raise ChunkCorrupt(
-                f"{self._describe(position)} is not the chunk that was written there (its checksum differs from the manifest's); "
-                "restore it from its source"
-            )
-
-    def _describe(self, position: Position) -> str:
-        return describe_chunk(self.rows.array, self.rows.label, position)
-
-    def absence(self, position: Position) -> str:
-        """Say that the chunk at `position` is absent, and what to do."""
-        if self._root is not None and not (self._root / self.rows.array.path).is_dir():
-            return f"the store {self._root} is gone while array {self.rows.label!r} was being read; is it still mounted?"
-        return f"{self._describe(position)} is missing from {self.rows.array.store_path}; restore it, {REMEDY}"
+    def _absence(self, position: Position) -> str:
+        root = local_root(self.rows.array)
+        if root is not None and not (root / self.rows.array.path).is_dir():
+            return f"the store {root} is gone while array {self.rows.label!r} was being read; is it still mounted?"
+        return f"{self._stored.describe(position)} is missing from {self.rows.array.store_path}; restore it, {REMEDY}"
 
 
 def check_array(array: zarr.Array[Any], label: str) -> None:
@@ -326,16 +242,3 @@ def _column_copies(rows: ZarrRows) -> list[tuple[Any, Any]]:
 def _as_slice(numbers: tuple[int, ...]) -> slice | list[int]:
     steps = {b - a for a, b in itertools.pairwise(numbers)}
     return slice(numbers[0], numbers[-1] + 1) if steps <= {1} else list(numbers)
-
-
-def _read_file(path: Path, request: ByteRequest | None) -> bytes:
-    with path.open("rb") as file:
-        if isinstance(request, SuffixByteRequest):
-            size = file.seek(0, 2)
-            file.seek(max(size - request.suffix, 0))
-        elif isinstance(request, RangeByteRequest):
-            file.seek(request.start)
-            return file.read(request.end - request.start)
-        elif isinstance(request, OffsetByteRequest):
-            file.seek(request.offset)
-        return file.read()

@@ -22,7 +22,7 @@ from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec, ZstdCodec
 from zarr.storage import MemoryStore, WrapperStore
 
 import streamlr
-from streamlr.dataset import zarr_rows
+from streamlr.dataset import stored_chunks
 from streamlr.dataset.integrity import seal
 from streamlr.errors import (
     ChunkCorrupt,
@@ -53,7 +53,7 @@ def rows():
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch):
-    monkeypatch.setattr(zarr_rows, "PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(stored_chunks, "PAUSES", (0.0, 0.0))
 
 
 def fails(error: type[Exception] | tuple[type[Exception], ...], *words: str):

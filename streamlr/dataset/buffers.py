@@ -1,0 +1,33 @@
+"""Memory for chunks, straight from the operating system."""
+
+from __future__ import annotations
+
+import mmap
+
+import numpy as np
+from numpy.typing import NDArray
+
+PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}  # not on Windows
+
+
+class Buffer:
+    """Bytes that grow to the largest chunk asked for, are used again for each, and are given back as a whole.
+
+    An allocator keeps what it was given back for the process's next request, while the kernel goes on counting it; and it may hand
+    out fresh pages, each a fault, for every large chunk. A mapping of its own does neither.
+
+    Examples
+    --------
+    >>> Buffer().take(5).nbytes
+    5
+    """
+
+    def __init__(self) -> None:
+        self._bytes = np.empty(0, dtype=np.uint8)
+
+    def take(self, nbytes: int) -> NDArray[np.uint8]:
+        """Return `nbytes` of memory with anything in it; what was taken before is overwritten."""
+        if nbytes > len(self._bytes):
+            self._bytes = np.empty(0, dtype=np.uint8)  # the old mapping goes before the new one comes
+            self._bytes = np.frombuffer(mmap.mmap(-1, nbytes, **PRIVATE), dtype=np.uint8)
+        return self._bytes[:nbytes]
