@@ -8,8 +8,8 @@ from typing import Any
 
 from streamlr.aggregates.cost import Cost, ResidualsOf, cost_of_moments
 from streamlr.aggregates.moments import Moments, MomentsOf
-from streamlr.dataset.blocks import Block, Plan
-from streamlr.dataset.dataset import Dataset, Tally, default_names
+from streamlr.dataset.blocks import Block, Plan, Tally
+from streamlr.dataset.dataset import Dataset, default_names
 from streamlr.direct.inference import standard_errors
 from streamlr.direct.normal import describe_aliases, solve_bytes, solve_normal
 from streamlr.direct.routes import Direct

@@ -111,7 +111,3 @@ class RankWarning(StreamlrWarning):
 
 class PrecisionWarning(StreamlrWarning):
     """Digits were lost: badly conditioned columns, or integers that float64 cannot hold."""
-
-
-class IntegrityWarning(StreamlrWarning):
-    """The data could not be checked as far as one would wish."""

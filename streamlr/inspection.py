@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+import numpy as np
 import zarr
 
 from streamlr.dataset.blocks import format_bytes
 from streamlr.dataset.codecs import chunk_codec
-from streamlr.dataset.integrity import chunk_key, local_root, read_seal
+from streamlr.dataset.integrity import chunk_key, file_status, local_root, read_seal
 from streamlr.dataset.opening import open_node
 from streamlr.dataset.zarr_rows import ZarrRows
 from streamlr.errors import StreamlrError
@@ -116,7 +117,12 @@ def _facts(name: str, array: zarr.Array[Any]) -> ArrayFacts:
         generator = random.Random(0)
         chosen = list(range(n_stored)) if n_stored <= ALL_CHUNKS else [0, n_stored - 1]
         chosen += [generator.randrange(n_stored) for _ in range(SAMPLE - 2)] if n_stored > ALL_CHUNKS else []
-    missing = sum(1 for number in chosen if root is not None and _is_missing(f"{root}/{chunk_key(array, _unravel(number, grid))}"))
+    missing = 0
+    if root is not None:
+        for number in chosen:
+            position = tuple(map(int, np.unravel_index(number, grid)))
+            status = file_status(root / chunk_key(array, position), name)
+            missing += status is None or status.st_size == 0
     problem, checksums = None, False
     try:
         codec = chunk_codec(ZarrRows(array, name).array)
@@ -127,18 +133,3 @@ def _facts(name: str, array: zarr.Array[Any]) -> ArrayFacts:
     return ArrayFacts(
         name, array.shape, str(array.dtype), array.chunks, array.shards, n_stored, len(chosen), missing, decoded, checksums, problem
     )
-
-
-def _is_missing(path: str) -> bool:
-    try:
-        return os.stat(path).st_size == 0
-    except FileNotFoundError:
-        return True
-
-
-def _unravel(number: int, grid: list[int]) -> tuple[int, ...]:
-    position = []
-    for size in reversed(grid):
-        number, place = divmod(number, size)
-        position.append(place)
-    return tuple(reversed(position))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import itertools
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -220,11 +222,28 @@ def check_array(array: zarr.Array[Any], label: str) -> None:
             f"array {label!r} holds packed numbers (attribute {packed[0]!r}): the stored integers are not the values; "
             "unpack them first, for example by opening the store with xarray and writing it again"
         )
+    for key in ("_FillValue", "missing_value"):
+        if key in array.attrs and not _is_nan(array.attrs[key], array.dtype):
+            raise DataError(
+                f"array {label!r} has the attribute {key!r} = {array.attrs[key]!r}: that number stands for missing values, and would "
+                "be fitted as one; write the array again with NaN in its place, for example through xarray"
+            )
     pieces = 1
     for length, size in zip(array.shape, array.chunks, strict=True):
         pieces *= -(-length // size)
     if pieces > MAX_CHUNKS:
         raise StoreIncomplete(f"array {label!r} promises {pieces:,} chunks (shape {array.shape}): its metadata were altered")
+
+
+def _is_nan(value: Any, dtype: np.dtype[Any]) -> bool:
+    """Whether an attribute is NaN: as JSON has it (null, "NaN"), or as xarray writes floats (base64 of their bytes)."""
+    if isinstance(value, str) and dtype.kind == "f":
+        with suppress(ValueError):  # no such bytes: a word
+            value = np.frombuffer(base64.b64decode(value, validate=True), dtype="<f8" if dtype.itemsize == 8 else "<f4")[0]
+    try:
+        return value is None or bool(np.isnan(float(value)))
+    except (TypeError, ValueError):
+        return False
 
 
 def _column_copies(rows: ZarrRows) -> list[tuple[Any, Any]]:

@@ -755,3 +755,24 @@ class TestGraphs:
         lazy = da.zeros((500, 3), chunks=(100, 3)).map_blocks(explode, dtype="f8", meta=np.zeros((0, 0)))
         with fails(DataError, "Dask array(s) X", "KeyError", "what a library raises"):
             streamlr.accumulate(streamlr.Dataset(lazy, np.arange(500.0)))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "attributes", "refused"),
+    [
+        ("int32", {"_FillValue": -9999}, True),
+        ("float64", {"missing_value": 1e20}, True),
+        ("float64", {"_FillValue": "AAAAAAAA+H8="}, False),  # NaN, as xarray writes it
+        ("float32", {"_FillValue": "AADAfw=="}, False),
+        ("float64", {"_FillValue": "NaN"}, False),
+        ("float64", {"_FillValue": "AAAAAAAA8D8="}, True),  # 1.0
+    ],
+)
+def test_numbers_that_stand_for_missing_values_are_refused(tmp_path, dtype, attributes, refused):
+    group = zarr.open_group(tmp_path / "s.zarr", mode="w")
+    group.create_array("X", data=np.ones((20, 2), dtype=dtype), attributes=attributes)
+    if not refused:
+        assert streamlr.open_dataset(group).n_rows == 20
+        return
+    with pytest.raises(DataError, match="'X' has the attribute .* stands for missing values"):
+        streamlr.open_dataset(group)
