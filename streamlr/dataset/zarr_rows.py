@@ -225,8 +225,8 @@ def check_array(array: zarr.Array[Any], label: str) -> None:
     for key in ("_FillValue", "missing_value"):
         if key in array.attrs and not _is_nan(array.attrs[key], array.dtype):
             raise DataError(
-                f"array {label!r} has the attribute {key!r} = {array.attrs[key]!r}: that number stands for missing values, and would "
-                "be fitted as one; write the array again with NaN in its place, for example through xarray"
+                f"array {label!r} has the attribute {key!r} = {array.attrs[key]!r}: that number stands for missing values, and "
+                "would be fitted as one; write the array again with NaN in its place, for example through xarray"
             )
     pieces = 1
     for length, size in zip(array.shape, array.chunks, strict=True):
