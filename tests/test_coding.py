@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import zarr
 
-from streamlr.dataset.coding import Coder, Coding, load_coding
-from streamlr.dataset.formulas import parse_formula
 from streamlr.dataset.integrity import seal
-from streamlr.dataset.levels import sort_levels
-from streamlr.dataset.tables import Table, open_table, read_batches
+from streamlr.dataset.tables.batches import Table, open_table, read_batches
+from streamlr.dataset.tables.coding import Coder, Coding, load_coding
+from streamlr.dataset.tables.formulas import parse_formula
+from streamlr.dataset.tables.levels import sort_levels
 from streamlr.errors import BadFile, DataError, NonFiniteValue, PathNotFound, StoreIncomplete, UnknownLevel, UsageError
 from streamlr.files import write_json
 

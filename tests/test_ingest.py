@@ -19,10 +19,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from streamlr.dataset.coding import load_coding
 from streamlr.dataset.ingest import ingest
 from streamlr.dataset.integrity import read_seal
 from streamlr.dataset.row_store import RowStoreWriter, default_rows_per_chunk
+from streamlr.dataset.tables.coding import load_coding
 from streamlr.errors import (
     BadCell,
     DataError,

@@ -20,8 +20,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from streamlr.dataset.csv_files import MISSING, is_number
-from streamlr.dataset.tables import open_table, read_batches, wordy_columns
+from streamlr.dataset.tables.batches import open_table, read_batches, wordy_columns
+from streamlr.dataset.tables.csv_files import MISSING, is_number
 from streamlr.errors import BadCell, DataError, PathNotFound, UnsupportedDtype, UsageError
 
 pa = pytest.importorskip("pyarrow")

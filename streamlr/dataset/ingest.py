@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from streamlr.dataset.coding import Coder, Coding, load_coding
-from streamlr.dataset.formulas import RowFormula, parse_formula
-from streamlr.dataset.levels import Progress, collect_levels
-from streamlr.dataset.missing import Missing, RowCounts, complete_rows
 from streamlr.dataset.row_store import RowStoreWriter
-from streamlr.dataset.tables import Batch, Table, open_table, wordy_columns
+from streamlr.dataset.tables.batches import Batch, Table, open_table, wordy_columns
+from streamlr.dataset.tables.coding import Coder, Coding, load_coding
+from streamlr.dataset.tables.formulas import RowFormula, parse_formula
+from streamlr.dataset.tables.levels import Progress, collect_levels
+from streamlr.dataset.tables.missing import Missing, RowCounts, complete_rows
 from streamlr.errors import BadCell, DataError, StoreChanged, UnsupportedDtype, UsageError
 from streamlr.files import publish
 

@@ -55,7 +55,9 @@ class StoredChunks:
         ChunkCorrupt
             It cannot be read, is cut short inside its shard, or is another than the manifest says.
         """
-        stored = self._whole(position, buffer) if self.array.shards is None else self._from_shard(position, self.array.shards, buffer)
+        stored = (
+            self._whole(position, buffer) if self.array.shards is None else self._from_shard(position, self.array.shards, buffer)
+        )
         if stored is not None and self._checksums is not None:
             self._check_manifest(position, stored, self._checksums)
         return stored

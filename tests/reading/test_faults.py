@@ -774,5 +774,5 @@ def test_numbers_that_stand_for_missing_values_are_refused(tmp_path, dtype, attr
     if not refused:
         assert streamlr.open_dataset(group).n_rows == 20
         return
-    with pytest.raises(DataError, match="'X' has the attribute .* stands for missing values"):
+    with pytest.raises(DataError, match=r"'X' has the attribute .* stands for missing values"):
         streamlr.open_dataset(group)

@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from streamlr.dataset.tables import Batch, Table, read_batches
+from streamlr.dataset.tables.batches import Batch, Table, read_batches
 from streamlr.errors import BadCell, NoRows
 
 Missing = Literal["error", "drop"]
@@ -57,7 +57,7 @@ def complete_rows(
     Examples
     --------
     >>> import tempfile, pathlib
-    >>> from streamlr.dataset.tables import open_table
+    >>> from streamlr.dataset.tables.batches import open_table
     >>> folder = tempfile.TemporaryDirectory()
     >>> path = pathlib.Path(folder.name) / "t.csv"
     >>> _ = path.write_text("x,kind\\n1,a\\nNA,b\\n")

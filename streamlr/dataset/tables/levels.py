@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from itertools import pairwise
 
-from streamlr.dataset.csv_files import NUMERAL
-from streamlr.dataset.missing import Missing, RowCounts, complete_rows
-from streamlr.dataset.tables import Table
+from streamlr.dataset.tables.batches import Table
+from streamlr.dataset.tables.csv_files import NUMERAL
+from streamlr.dataset.tables.missing import Missing, RowCounts, complete_rows
 from streamlr.errors import DataError
 
 MOST_LEVELS = 10_000
@@ -43,7 +43,7 @@ def collect_levels(
     Examples
     --------
     >>> import tempfile, pathlib
-    >>> from streamlr.dataset.tables import open_table
+    >>> from streamlr.dataset.tables.batches import open_table
     >>> folder = tempfile.TemporaryDirectory()
     >>> path = pathlib.Path(folder.name) / "t.csv"
     >>> _ = path.write_text("month,kind\\n10,b\\n9,a\\n9,b\\n")

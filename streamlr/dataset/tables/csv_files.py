@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from streamlr.dataset.extras import load_extra
+from streamlr.dataset.tables.extras import load_extra
 from streamlr.errors import BadCell, DataError
 
 MISSING = ("", "NA", "NaN", "nan")  # the cells that stand for no value

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from streamlr.dataset.extras import load_extra
+from streamlr.dataset.tables.extras import load_extra
 from streamlr.errors import UsageError
 
 FUNCTIONS = {

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from streamlr.dataset.csv_files import MISSING, CsvFile, is_number, read_header
-from streamlr.dataset.parquet_files import ParquetFile, read_schema
+from streamlr.dataset.tables.csv_files import MISSING, CsvFile, is_number, read_header
+from streamlr.dataset.tables.parquet_files import ParquetFile, read_schema
 from streamlr.errors import DataError, PathNotFound, UsageError
 
 Table = CsvFile | ParquetFile

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from streamlr.dataset.extras import load_extra
+from streamlr.dataset.tables.extras import load_extra
 from streamlr.errors import BadCell, DataError, UnsupportedDtype
 
 LARGEST_INTEGER = 2**53  # beyond it, float64 skips integers

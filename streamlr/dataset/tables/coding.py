@@ -18,10 +18,10 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from streamlr.dataset.extras import load_extra
-from streamlr.dataset.formulas import RowFormula, category_key, parse_formula
 from streamlr.dataset.integrity import read_seal
-from streamlr.dataset.tables import Batch
+from streamlr.dataset.tables.batches import Batch
+from streamlr.dataset.tables.extras import load_extra
+from streamlr.dataset.tables.formulas import RowFormula, category_key, parse_formula
 from streamlr.errors import BadFile, DataError, NonFiniteValue, UnknownLevel, UsageError
 from streamlr.files import read_json
 
@@ -150,7 +150,7 @@ class Coder:
 
     Examples
     --------
-    >>> from streamlr.dataset.tables import open_table, read_batches
+    >>> from streamlr.dataset.tables.batches import open_table, read_batches
     >>> import tempfile
     >>> folder = tempfile.TemporaryDirectory()
     >>> path = Path(folder.name) / "t.csv"
