@@ -111,21 +111,24 @@ def ingest(
     """Turn CSV or Parquet files into a store that can be checked and fitted."""
     from streamlr.dataset.ingest import ingest as run
     from streamlr.errors import UsageError
+    from streamlr.passes.progress import row_counter
 
     if len(paths) < 2:
         raise UsageError(f"got {len(paths)} path; give at least one file to read and, last, the store to write")
-    report = run(
-        paths[:-1],
-        paths[-1],
-        formula=formula,
-        target=_names(target),
-        features=_names(features),
-        like=like,
-        weights=weights,
-        missing=missing,  # type: ignore[arg-type]  # checked there, with a message that says what is allowed
-        rows_per_chunk=rows_per_chunk,
-        overwrite=overwrite,
-    )
+    with row_counter() if sys.stderr.isatty() else nullcontext() as progress:
+        report = run(
+            paths[:-1],
+            paths[-1],
+            formula=formula,
+            target=_names(target),
+            features=_names(features),
+            like=like,
+            weights=weights,
+            missing=missing,  # type: ignore[arg-type]  # checked there, with a message that says what is allowed
+            rows_per_chunk=rows_per_chunk,
+            overwrite=overwrite,
+            progress=progress,
+        )
     facts = {
         "path": str(report.path),
         "n_rows": report.n_rows,

@@ -167,6 +167,15 @@ def progress_bar() -> Iterator[Callback]:
 
 
 @contextmanager
+def row_counter() -> Iterator[Callable[[str, int], None]]:
+    """Show on standard error, while the block runs, how many rows of tables whose length nobody knows were read so far."""
+    from rich.console import Console
+
+    with Console(stderr=True).status("reading") as status:
+        yield lambda stage, rows: status.update(f"{stage}: {rows:,} rows read")
+
+
+@contextmanager
 def shown(progress: bool | Callback) -> Iterator[Callback | None]:
     """Yield the callback that an option `progress` stands for: itself, a bar for True, none for False."""
     if callable(progress):
