@@ -1,3 +1,4 @@
+from . import errors as errors
 from .aggregates.cost import Cost as Cost
 from .aggregates.moments import Moments as Moments
 from .api import accumulate as accumulate
@@ -9,6 +10,7 @@ from .api import solve as solve
 from .dataset.blocks import Plan as Plan
 from .dataset.dataset import Dataset as Dataset
 from .dataset.opening import open_dataset as open_dataset
+from .dataset.tally import Tally as Tally
 from .direct.routes import Direct as Direct
 from .estimators import LinearRegression as LinearRegression
 from .estimators import Ridge as Ridge

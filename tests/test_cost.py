@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -77,7 +78,7 @@ def test_a_perfect_fit_has_no_negative_cost(columns: Array, offset: float):
     columns = np.column_stack([x, x @ [1.0, 2.0]])
     coef, intercept = np.array([[1.0], [2.0]]), np.zeros(1)
     m = moments_of(columns)
-    assert (m.cost_sums(coef, intercept) >= 0).all()
+    assert (m.cost_sums(coef, intercept)[0] >= 0).all()
     for cost in (cost_of_moments(m, coef, intercept), of_rows(columns, None, coef, intercept)):
         assert cost.mse >= 0
         # 14 digits of the squares that moments hold, and twice 14 of the values themselves
@@ -142,8 +143,35 @@ def test_a_prediction_does_not_depend_on_other_rows(p: int, layout: str):
 
 def test_the_dictionary_and_the_text_hold_the_numbers():
     cost = of_rows(np.array([[0.0, 1.0], [1.0, 3.0]]), None, np.array([[1.0]]), np.array([0.0]))
-    assert cost.to_dict() == {"n": 2, "mse": 2.5, "rmse": math.sqrt(2.5), "r2": -1.5, "mae": 1.5}
+    assert cost.to_dict() == {
+        "n": 2,
+        "n_dropped": 0,
+        "chunks_missing": 0,
+        "mse": 2.5,
+        "rmse": math.sqrt(2.5),
+        "r2": -1.5,
+        "mae": 1.5,
+    }
     assert str(cost) == "mse 2.5  rmse 1.58114  mae 1.5  r2 -1.5  (n = 2)"
+    assert (
+        str(replace(cost, n_dropped=3)) == "mse 2.5  rmse 1.58114  mae 1.5  r2 -1.5  (n = 2, 3 rows with missing values left out)"
+    )
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-10, 1e-8, 1e-7, 1e-6, 1e-3])
+def test_residuals_too_small_for_moments_give_a_bound_and_no_errors(noise: float):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(1000, 3))
+    y = x @ [1.0, 2.0, 3.0] + noise * rng.normal(size=1000)
+    model = streamlr.fit(streamlr.Dataset(x, y))
+    seen = streamlr.evaluate(model, streamlr.Dataset(x, y))
+    assert model.cost.mse >= seen.mse * (1 - 1e-3)
+    if noise >= 1e-6:
+        assert model.cost.mse == pytest.approx(seen.mse, rel=1e-2)
+        assert model.std_err == pytest.approx(noise / math.sqrt(1000), rel=0.15)
+    if noise <= 1e-8:
+        assert np.isnan(model.std_err).all()
+        assert "mse is a bound" in str(model.summary())
 
 
 def test_evaluate_needs_no_luck_with_ranks():

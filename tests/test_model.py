@@ -284,7 +284,7 @@ def test_p_values_and_intervals_against_closed_forms():
     x, y = np.array([0.0, 1.0, 2.0, 3.0]), np.array([1.0, 3.0, 5.0, 8.0])
     model = streamlr.fit(streamlr.Dataset(x, y))
     for level in (0.5, 0.95, 0.99):
-        table = model.summary(level)
+        table = model.summary(level=level)
         assert table.df_resid == 2
         assert table.p == pytest.approx(1 - np.abs(table.t) / np.sqrt(2 + table.t**2), rel=1e-9)
         alpha = 1 - level
@@ -317,4 +317,4 @@ def test_shapes_of_the_table():
 @pytest.mark.parametrize("level", [0.0, 1.0, 95, -0.1, float("nan")])
 def test_a_level_that_is_none_is_refused(level: float):
     with pytest.raises(UsageError, match="level is"):
-        build("single").summary(level)
+        build("single").summary(level=level)

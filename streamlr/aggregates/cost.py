@@ -35,6 +35,10 @@ class Cost:
         Weighted mean of absolute residuals; None when no pass saw the residuals.
     weight_sum : float
         W.
+    n_dropped : int
+        Rows that were left out because a value was missing.
+    chunks_missing : int
+        Absent chunks that were read as fill values because the caller allowed it.
     """
 
     mse: Number
@@ -42,6 +46,8 @@ class Cost:
     n: int
     mae: Number | None
     weight_sum: float
+    n_dropped: int = 0
+    chunks_missing: int = 0
 
     @property
     def rmse(self) -> Number:
@@ -52,12 +58,15 @@ class Cost:
     def to_dict(self) -> dict[str, Any]:
         """Return the cost as JSON values."""
         facts = {"mse": self.mse, "rmse": self.rmse, "r2": self.r2, "mae": self.mae}
-        return {"n": self.n, **{name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in facts.items()}}
+        counts = {"n": self.n, "n_dropped": self.n_dropped, "chunks_missing": self.chunks_missing}
+        return {**counts, **{name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in facts.items()}}
 
     def __str__(self) -> str:
         facts = {"mse": self.mse, "rmse": self.rmse, "mae": self.mae, "r2": self.r2}
         shown = "  ".join(f"{name} {_shown(value)}" for name, value in facts.items() if value is not None)
-        return f"{shown}  (n = {self.n:,})"
+        dropped = f", {self.n_dropped:,} rows with missing values left out" if self.n_dropped else ""
+        absent = f", {self.chunks_missing:,} absent chunks read as fill values" if self.chunks_missing else ""
+        return f"{shown}  (n = {self.n:,}{dropped}{absent})"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -162,8 +171,11 @@ def predictions(x: NDArray[np.float64], coef: NDArray[np.float64], intercept: ND
 
 
 def cost_of_moments(moments: Moments, coef: NDArray[np.float64], intercept: NDArray[np.float64]) -> Cost:
-    """Return the cost of any coefficients, (p, k), and intercepts, (k,), from moments of the rows: no row is read."""
-    return make_cost(moments.cost_sums(coef, intercept), None, moments)
+    """Return the cost of any coefficients, (p, k), and intercepts, (k,), from moments of the rows: no row is read.
+
+    Residuals that are too small to be told from the rounding of the moments give a bound; see `Moments.cost_sums`.
+    """
+    return make_cost(moments.cost_sums(coef, intercept)[0], None, moments)
 
 
 def make_cost(squares: NDArray[np.float64], magnitudes: NDArray[np.float64] | None, moments: Moments) -> Cost:

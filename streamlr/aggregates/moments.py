@@ -13,6 +13,7 @@ from streamlr.errors import NumericalError, UsageError
 # A column keeps its own unit while its squares stay well inside the range of float64, so that sums of them do too.
 SMALL, LARGE = 1e-150, 1e150
 CONSTANT = 32 * float(np.finfo(np.float64).eps)  # a column varies by more than this beside its mean, or by rounding
+RESOLUTION = 8 * float(np.finfo(np.float64).eps)  # of a difference of sums, beside the sum of their sizes
 NO_SCALE = -4096  # the exponent of a column that has shown nothing but zeros: below every other, so that any other wins
 
 
@@ -44,6 +45,8 @@ class Moments:
         Power of two that each column is measured in: 0 unless its squares could leave 1e-150 to 1e150.
     feature_names, target_names : tuple of str
         Names of the p features and k targets.
+    n_dropped : int
+        Rows that were left out because a value was missing.
 
     Examples
     --------
@@ -67,6 +70,7 @@ class Moments:
     exponent: NDArray[np.int32]
     feature_names: tuple[str, ...]
     target_names: tuple[str, ...]
+    n_dropped: int = 0
 
     @property
     def n_features(self) -> int:
@@ -98,8 +102,9 @@ class Moments:
                 f"moments of different columns cannot be added: {self.feature_names + self.target_names} "
                 f"and {other.feature_names + other.target_names}"
             )
+        n_dropped = self.n_dropped + other.n_dropped
         if self.n == 0 or other.n == 0:
-            return (other if self.n == 0 else self).copy()
+            return replace((other if self.n == 0 else self).copy(), n_dropped=n_dropped)
         # the mean starts from the heavier side, so that rows of little or no weight hardly move it
         heavy, light = (self, other) if self.weight_sum >= other.weight_sum else (other, self)
         exponent = np.maximum(self.exponent, other.exponent)
@@ -118,10 +123,11 @@ class Moments:
             raise NumericalError(
                 "the sum of the weights, or of squares times weights, overflows; divide the weights by their largest"
             )
-        n_weighted = self.n_weighted + other.n_weighted
-        return Moments(self.n + other.n, n_weighted, total, mean, rest, scatter, exponent, self.feature_names, self.target_names)
+        n, n_weighted = self.n + other.n, self.n_weighted + other.n_weighted
+        names = self.feature_names, self.target_names
+        return Moments(n, n_weighted, total, mean, rest, scatter, exponent, *names, n_dropped)
 
-    def cost_sums(self, coef: NDArray[np.float64], intercept: NDArray[np.float64]) -> NDArray[np.float64]:
+    def cost_sums(self, coef: NDArray[np.float64], intercept: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
         r"""Return the residual sum of squares of any coefficients, without reading rows.
 
         .. math:: \sum w_i (y_i - b_0 - x_i'b)^2 = v'Sv + W (\bar z'v - b_0)^2, \quad v = (-b, 1)
@@ -136,17 +142,21 @@ class Moments:
         Returns
         -------
         (k,) float64
-            In units of 4**exponent of each target, since the squares of a column such as 1e200 are beyond float64. Never negative:
-            what rounding leaves below zero is zero.
+            In units of 4**exponent of each target, since the squares of a column such as 1e200 are beyond float64.
+        (k,) bool
+            Where the residuals are too small to be told from the rounding of S, and the sum is what that rounding may amount to: a
+            bound, and never negative.
         """
         p, unit = self.n_features, self.units
         v = np.zeros((len(self.mean), self.n_targets))  # column j in units of target j
         v[:p] = -np.ldexp(coef, unit[:p, None] - unit[p:])
         np.fill_diagonal(v[p:], 1.0)
         offset = self.mean @ v - np.ldexp(intercept, -unit[p:])
-        within = np.maximum(np.einsum("ij,ij->j", v, self.scatter @ v), 0.0)
-        squares: NDArray[np.float64] = within + self.weight_sum * offset**2
-        return squares
+        within = np.einsum("ij,ij->j", v, self.scatter @ v)
+        size = np.abs(v)
+        floor = RESOLUTION * np.einsum("ij,ij->j", size, np.abs(self.scatter) @ size)
+        squares: NDArray[np.float64] = np.maximum(within, floor) + self.weight_sum * offset**2
+        return squares, within <= floor
 
     def copy(self) -> Moments:
         """Return moments that share no memory with these."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,61 +68,6 @@ class Span:
 
     start: int
     stop: int
-
-
-@dataclass(frozen=True)
-class Tally:
-    """What a reading met besides the rows it kept; tallies of disjoint rows add up.
-
-    Attributes
-    ----------
-    rows : int
-        Rows read.
-    dropped : int
-        Rows left out because a value was missing.
-    dropped_by_column : mapping of str to int
-        For each column, how many of those rows lacked its value.
-    chunks_missing : int
-        Absent chunks read as fill values, where that was allowed.
-    rounded : frozenset of str
-        Columns with integers beyond 2**53, which float64 rounds.
-    """
-
-    rows: int = 0
-    dropped: int = 0
-    dropped_by_column: Mapping[str, int] = field(default_factory=dict)
-    chunks_missing: int = 0
-    rounded: frozenset[str] = frozenset()
-
-    def __add__(self, other: Tally) -> Tally:
-        names = sorted({*self.dropped_by_column, *other.dropped_by_column})
-        by_column = {name: self.dropped_by_column.get(name, 0) + other.dropped_by_column.get(name, 0) for name in names}
-        return Tally(
-            self.rows + other.rows,
-            self.dropped + other.dropped,
-            by_column,
-            self.chunks_missing + other.chunks_missing,
-            self.rounded | other.rounded,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Subset:
-    """Rows whose hashed position falls below `fraction` (or, with `complement`, does not)."""
-
-    fraction: float
-    seed: int
-    complement: bool
-
-    def holds(self, start: int, stop: int) -> NDArray[np.bool_]:
-        """Return, for each of the rows [start, stop), whether it belongs (splitmix64; Steele, Lea and Flood 2014, figure 15)."""
-        gamma = 0x9E3779B97F4A7C15
-        z = np.arange(start + 1, stop + 1, dtype=np.uint64) * np.uint64(gamma) + np.uint64(self.seed * gamma % 2**64)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        z ^= z >> np.uint64(31)
-        chosen = (z >> np.uint64(11)).astype(np.float64) * 2.0**-53 < self.fraction
-        return ~chosen if self.complement else chosen
 
 
 def tile_rows(n_columns: int) -> int:
@@ -205,8 +150,10 @@ class Plan:
         Tasks that run together: as many as there are workers, fewer where memory is short.
     bytes_read : int
         Decoded bytes of one pass.
-    base_bytes, task_bytes, result_bytes, peak_bytes : int
-        The interpreter and its imports; one running task; results that wait to be merged, and the solution; all together.
+    base_bytes, task_bytes, result_bytes, solution_bytes : int
+        The interpreter and its imports; one running task; results that wait to be merged; the solution, made after the pass.
+    peak_bytes : int
+        The most of it at any time.
     limit_bytes : int
         What the peak was compared with.
     limit_source : str
@@ -226,6 +173,7 @@ class Plan:
     base_bytes: int
     task_bytes: int
     result_bytes: int
+    solution_bytes: int
     peak_bytes: int
     limit_bytes: int
     limit_source: str
@@ -239,7 +187,8 @@ class Plan:
                 f"tasks           {self.n_tasks:,} ({self.n_spans:,} spans), {self.tasks_at_once} at once",
                 f"tile            {self.tile_rows:,} rows",
                 f"memory, peak    {format_bytes(self.peak_bytes)} = {format_bytes(self.base_bytes)} for Python and imports"
-                f" + {self.tasks_at_once} x {format_bytes(self.task_bytes)} + {format_bytes(self.result_bytes)} of results",
+                f" + {self.tasks_at_once} x {format_bytes(self.task_bytes)} + {format_bytes(self.result_bytes)} of results;"
+                f" {format_bytes(self.solution_bytes)} to solve, later",
                 f"memory, limit   {format_bytes(self.limit_bytes)} ({self.limit_source})",
             ]
         )

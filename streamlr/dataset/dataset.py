@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import numbers
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -10,14 +11,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from streamlr.dataset.blocks import Block, Span, Subset, tile_edges, tile_rows
-from streamlr.dataset.blocks import Tally as Tally
+from streamlr.dataset.blocks import Block, Span, tile_edges, tile_rows
 from streamlr.dataset.dask_rows import as_rows
 from streamlr.dataset.rows import Rows
+from streamlr.dataset.subset import Subset
+from streamlr.dataset.tally import Tally
 from streamlr.errors import DataError, NonFiniteValue, NoRows, RowCountMismatch, UsageError
 from streamlr.files import digest
 
-EXACT_INTEGERS = 2.0**53  # beyond it float64 skips integers
+EXACT_INTEGERS = 2.0**53  # from here on float64 skips integers: what reads as this may have been the next one
 MISSING_POLICIES = ("error", "drop")
 
 
@@ -33,7 +35,7 @@ class Dataset:
     weights : array, (n,), optional
         Non-negative weights w_i in the cost (1/W) sum w_i (y_i - yhat_i)^2.
     feature_names : sequence of p str, optional
-        Names of the features; x0, x1, ... by default.
+        Names of the features; by default those of a data frame's columns, else x0, x1, ...
 
     Raises
     ------
@@ -58,6 +60,8 @@ class Dataset:
         features = as_rows(X, "X")
         targets = () if y is None else (as_rows(y, "y"),)
         weight_rows = None if weights is None else as_rows(weights, "weights")
+        if feature_names is None:
+            feature_names = getattr(X, "columns", None)
         names = default_names("x", features.n_columns) if feature_names is None else tuple(map(str, feature_names))
         k = sum(rows.n_columns for rows in targets)
         self._settle((features,), targets, weight_rows, names, ("y",) if k == 1 else default_names("y", k))
@@ -145,7 +149,7 @@ class Dataset:
     @property
     def reader_bytes(self) -> int:
         """Most bytes that one task holds while it reads: decoded chunks, and a tile with its kept rows and centred copy."""
-        tile = self.tile_rows * (self.n_features + self.n_targets + 2) * 8
+        tile = min(self.tile_rows, self.stored_rows) * (self.n_features + self.n_targets + 2) * 8
         return sum(rows.reader_bytes for rows in self.arrays) + 3 * tile
 
     @cached_property
@@ -164,7 +168,7 @@ class Dataset:
                 "names": [self.feature_names, self.target_names],
                 "columns": [getattr(rows, "columns", None) for rows in self.arrays],
                 "missing": self.missing,
-                "subsets": [[subset.fraction, subset.seed, subset.complement] for subset in self.subsets],
+                "subsets": [[subset.fraction, subset.seed, subset.depth, subset.complement] for subset in self.subsets],
             }
         )
 
@@ -192,14 +196,15 @@ class Dataset:
         """
         if not 0 < fraction < 1:
             raise UsageError(f"the fraction is {fraction}; allowed are numbers between 0 and 1, for example 0.1")
-        if seed < 0:
-            raise UsageError(f"the seed is {seed}; allowed are integers from 0 on")
+        given: Any = seed
+        if not isinstance(given, numbers.Integral) or seed < 0:
+            raise UsageError(f"the seed is {seed!r}; allowed are integers from 0 on")
         parts = []
         for complement in (True, False):
             part = copy.copy(self)
             part.__dict__.pop("n_rows", None)
             part.__dict__.pop("fingerprint", None)
-            part.subsets = (*self.subsets, Subset(fraction, seed, complement))
+            part.subsets = (*self.subsets, Subset(fraction, int(seed), len(self.subsets), complement))
             parts.append(part)
         return parts[0], parts[1]
 
@@ -249,7 +254,7 @@ class Dataset:
             for reader, place in zip(readers, places, strict=True):
                 reader.read_into(place[:height], piece.start)
             w = None if weights is None else weights[:height, 0]
-            rounded = self._rounded(columns[:height], w)
+            rounded = self._rounded(columns[:height])
             block, dropped, by_column = self._checked(piece, columns[:height], w)
             chunks_missing = sum(reader.chunks_missing for reader in readers)
             report(Tally(height, dropped, by_column, chunks_missing - missing_before, rounded))
@@ -313,13 +318,13 @@ class Dataset:
             chosen &= subset.holds(start, stop)
         return chosen
 
-    def _rounded(self, columns: NDArray[np.float64], weights: NDArray[np.float64] | None) -> frozenset[str]:
+    def _rounded(self, columns: NDArray[np.float64]) -> frozenset[str]:
         """Columns of 64-bit integers in which this tile has one that float64 cannot hold."""
         names: set[str] = set()
         at = 0
         for rows in (*self.features, *self.targets):
             if rows.dtype.kind in "iu" and rows.dtype.itemsize == 8:
-                beyond = (np.abs(columns[:, at : at + rows.n_columns]) > EXACT_INTEGERS).any(axis=0)
+                beyond = (np.abs(columns[:, at : at + rows.n_columns]) >= EXACT_INTEGERS).any(axis=0)
                 names.update((*self.feature_names, *self.target_names)[at + j] for j in np.flatnonzero(beyond))
             at += rows.n_columns
         return frozenset(names)

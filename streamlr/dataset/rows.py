@@ -78,9 +78,7 @@ def check_dtype(dtype: np.dtype[Any], label: str) -> None:
             "m": "convert durations to numbers, for example seconds",
             "c": "split complex numbers into real and imaginary columns",
         }.get(dtype.kind, "code text and categories as numbers first, for example with `streamlr ingest --formula`")
-        raise UnsupportedDtype(
-            f"array {label!r} has dtype {dtype}; allowed are integers, bool and float16 to float64 (no NaN-able objects): {advice}"
-        )
+        raise UnsupportedDtype(f"array {label!r} has dtype {dtype}; allowed are integers, bool and float16 to float64: {advice}")
 
 
 def plain_array(values: Any) -> NDArray[Any]:

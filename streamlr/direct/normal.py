@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import fsum, log10
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,7 +89,8 @@ def solve_normal(moments: Moments, direct: Direct, *, fit_intercept: bool, ridge
     ----------
     van der Sluis (1969), Condition numbers and equilibration of matrices, Numerische Mathematik 14.
     """
-    _check(moments, ridge)
+    _check(moments)
+    ridge = check_penalty(ridge)
     p, unit = moments.n_features, moments.units
     equations = _equations(moments, fit_intercept=fit_intercept, ridge=ridge)
     equilibrated = equations.equilibrated()
@@ -158,9 +160,14 @@ def describe_aliases(aliased: Mapping[str, Mapping[str, float]]) -> str:
     return f"{len(aliased)} column{'s depend' if len(aliased) > 1 else ' depends'} on others: {', '.join(shown)}{more}"
 
 
-def _check(moments: Moments, ridge: float) -> None:
-    if not (np.isfinite(ridge) and ridge >= 0):
-        raise UsageError(f"ridge is {ridge!r}; allowed are finite numbers from 0 on")
+def check_penalty(value: Any, name: str = "ridge") -> float:
+    """Return a penalty as a float, or raise `UsageError` unless it is a finite number from 0 on."""
+    if not isinstance(value, int | float | np.number) or not 0 <= float(value) < np.inf:
+        raise UsageError(f"{name} is {value!r}; allowed are finite numbers from 0 on")
+    return float(value)
+
+
+def _check(moments: Moments) -> None:
     if moments.n_targets == 0:
         raise UsageError("there is no target to fit: name one with target= (--target), or give y")
     if moments.n_weighted == 0:

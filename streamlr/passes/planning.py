@@ -45,7 +45,7 @@ def plan_pass(
         Not even one task at a time fits; the message has the numbers and a remedy.
     """
     workers = worker_count()
-    tile_bytes = dataset.tile_rows * (dataset.n_features + dataset.n_targets) * 8
+    tile_bytes = min(dataset.tile_rows, dataset.stored_rows) * (dataset.n_features + dataset.n_targets) * 8
     whole_tiles = 12 * statistic.nbytes + 2 * tile_bytes > OPEN_BYTES
     lazy = [rows for rows in dataset.arrays if isinstance(rows, DaskRows)]
     if lazy:
@@ -77,25 +77,37 @@ def plan_pass(
         task=task,
         merges=merges,
         task_bytes=task_bytes,
-        result_bytes=max(waiting_bytes, solution_bytes),
+        result_bytes=waiting_bytes,
+        solution_bytes=solution_bytes,
         memory=memory,
     )
     return plan, cut
 
 
 def make_plan(
-    dataset: Dataset, cut: list[Span], *, task: str, merges: int, task_bytes: int, result_bytes: int, memory: int | str | None
+    dataset: Dataset,
+    cut: list[Span],
+    *,
+    task: str,
+    merges: int,
+    task_bytes: int,
+    result_bytes: int,
+    solution_bytes: int = 0,
+    memory: int | str | None,
 ) -> Plan:
-    """Return the plan of these spans with as many tasks at once as the limit allows, or raise `MemoryLimitExceeded`."""
+    """Return the plan of these spans with as many tasks at once as the limit allows, or raise `MemoryLimitExceeded`.
+
+    The solution is made when no task runs any more, so the peak is the larger of the two.
+    """
     limit, source = memory_limit(memory)
     base = memory_in_use(source)
-    room = limit - base - result_bytes
-    at_once = min(worker_count(), len(cut), max(room, 0) // task_bytes)
-    if at_once < 1:
+    at_once = min(worker_count(), len(cut), max(limit - base - result_bytes, 0) // task_bytes)
+    if at_once < 1 or base + solution_bytes > limit:
         raise MemoryLimitExceeded(
-            f"one task at a time needs {format_bytes(base + result_bytes + task_bytes)} ({format_bytes(base)} for Python, "
-            f"{format_bytes(task_bytes)} for decoded chunks and tiles, {format_bytes(result_bytes)} for results and the solution "
-            f"of {dataset.n_features:,} columns), and the limit is {format_bytes(limit)} ({source}); raise memory_limit "
+            f"one task at a time needs {format_bytes(base + max(result_bytes + task_bytes, solution_bytes))} "
+            f"({format_bytes(base)} for Python; then {format_bytes(task_bytes)} for decoded chunks and tiles and "
+            f"{format_bytes(result_bytes)} for results, and later {format_bytes(solution_bytes)} to solve for "
+            f"{dataset.n_features:,} columns), and the limit is {format_bytes(limit)} ({source}); raise memory_limit "
             "(--memory-limit), rewrite the store with smaller chunks, or use fewer columns"
         )
     return Plan(
@@ -112,7 +124,8 @@ def make_plan(
         base_bytes=base,
         task_bytes=task_bytes,
         result_bytes=result_bytes,
-        peak_bytes=base + result_bytes + at_once * task_bytes,
+        solution_bytes=solution_bytes,
+        peak_bytes=base + max(result_bytes + at_once * task_bytes, solution_bytes),
         limit_bytes=limit,
         limit_source=source,
     )

@@ -11,7 +11,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from streamlr.dataset.blocks import Tally
+from streamlr.dataset.tally import Tally
 from streamlr.errors import Cancelled
 
 PATIENCE = 1.5  # seconds to wait for tasks to notice that they are cancelled; Ctrl-C should end the process within two

@@ -12,10 +12,11 @@ from dask.delayed import Delayed, delayed
 from dask.threaded import get as threaded_get
 
 from streamlr.aggregates.tree import Partial, Statistic, Summary, Tree
-from streamlr.dataset.blocks import Plan, Span, Tally
+from streamlr.dataset.blocks import Plan, Span
 from streamlr.dataset.dask_rows import DaskRows
 from streamlr.dataset.dataset import Dataset
 from streamlr.dataset.rows import MemoryRows, plain_array
+from streamlr.dataset.tally import Tally
 from streamlr.dataset.zarr_rows import ZarrRows
 from streamlr.errors import DataError, RowCountMismatch, StoreChanged, StreamlrError
 from streamlr.passes.memory import one_blas_thread

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 from dask.delayed import delayed
 
-from streamlr.dataset.blocks import MAX_SPANS, MIN_SPAN_BYTES, Span, Tally
+from streamlr.dataset.blocks import MAX_SPANS, MIN_SPAN_BYTES, Span, format_bytes
+from streamlr.dataset.tally import Tally
 from streamlr.dataset.zarr_rows import ZarrRows
-from streamlr.errors import DataError
+from streamlr.errors import DataError, MemoryLimitExceeded
+from streamlr.passes.memory import memory_in_use, memory_limit
 from streamlr.passes.planning import worker_count
 from streamlr.passes.progress import Callback, find_pass, running_pass
 from streamlr.passes.reduce import compute
@@ -37,7 +39,9 @@ class Problem:
     message: str
 
 
-def verify_chunks(arrays: Sequence[ZarrRows], progress: Callback | None) -> tuple[int, list[Problem]]:
+def verify_chunks(
+    arrays: Sequence[ZarrRows], progress: Callback | None, memory: int | str | None = None
+) -> tuple[int, list[Problem]]:
     """Read and check every chunk; return how many there are, and the problems in order of array and position.
 
     Parameters
@@ -46,19 +50,43 @@ def verify_chunks(arrays: Sequence[ZarrRows], progress: Callback | None) -> tupl
         Whole arrays.
     progress : callable, optional
         Called with an `Event` at every row of chunks.
+    memory : int, str or None
+        The limit; see `memory_limit`.
+
+    Raises
+    ------
+    MemoryLimitExceeded
+        Not even one task at a time fits.
     """
     total = sum(rows.n_rows for rows in arrays)
-    row_bytes = sum(rows.n_rows * rows.row_bytes for rows in arrays) // max(total, 1)
-    with running_pass("verify", total, row_bytes, progress) as key:
+    total_bytes = sum(rows.n_rows * rows.row_bytes for rows in arrays)
+    span_bytes = max(MIN_SPAN_BYTES, -(-total_bytes // MAX_SPANS))
+    at_once = _tasks_at_once(arrays, memory)
+    with running_pass("verify", total, total_bytes // max(total, 1), progress) as key:
         tasks = []
         for rows in arrays:
             height = rows.array.chunks[0]
             n_row_chunks = -(-rows.n_rows // height)
-            each = max(MIN_SPAN_BYTES // max(height * rows.row_bytes, 1), -(-n_row_chunks // (MAX_SPANS // len(arrays))), 1)
+            each = max(span_bytes // max(height * rows.row_bytes, 1), 1)
             for first in range(0, n_row_chunks, each):
                 tasks.append(delayed(check_rows_of_chunks)(rows, Span(first, min(first + each, n_row_chunks)), key))
-        found = compute(delayed(list)(tasks), worker_count()) if tasks else []
+        found = compute(delayed(list)(tasks), at_once) if tasks else []
     return sum(count for count, _ in found), [problem for _, problems in found for problem in problems]
+
+
+def _tasks_at_once(arrays: Sequence[ZarrRows], memory: int | str | None) -> int:
+    """Return how many tasks fit into memory, each with the reader of the array that needs most."""
+    limit, source = memory_limit(memory)
+    base = memory_in_use(source)
+    largest = max(arrays, key=lambda rows: rows.reader_bytes)
+    fitting = (limit - base) // max(largest.reader_bytes, 1)
+    if fitting < 1:
+        raise MemoryLimitExceeded(
+            f"one task at a time needs {format_bytes(base + largest.reader_bytes)} ({format_bytes(base)} for Python, "
+            f"{format_bytes(largest.reader_bytes)} for a row of chunks of array {largest.label!r}), and the limit is "
+            f"{format_bytes(limit)} ({source}); raise memory_limit (--memory-limit), or rewrite the store with smaller chunks"
+        )
+    return min(worker_count(), fitting)
 
 
 def check_rows_of_chunks(rows: ZarrRows, row_chunks: Span, key: str) -> tuple[int, list[Problem]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,15 @@ from dask.delayed import delayed
 from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
-from streamlr.dataset.blocks import Block, Plan, Span, Tally, spans
+from streamlr.dataset.blocks import Block, Plan, Span, spans
 from streamlr.dataset.dask_rows import DaskRows
 from streamlr.dataset.dataset import Dataset
+from streamlr.dataset.integrity import local_root
 from streamlr.dataset.rows import MemoryRows
+from streamlr.dataset.tally import Tally
+from streamlr.dataset.zarr_rows import ZarrRows
 from streamlr.errors import UsageError
-from streamlr.files import publish
+from streamlr.files import check_output, publish
 from streamlr.passes.memory import one_blas_thread
 from streamlr.passes.planning import make_plan, worker_count
 from streamlr.passes.progress import Callback, running_pass, share_of_pass
@@ -53,28 +57,30 @@ def write(
     n_columns : int
         Columns of the result; one gives a 1-D array.
     overwrite : bool
-        Replace what is at `path`.
+        Replace the store at `path`.
     memory_limit, progress
         As for `reduce`.
 
     Raises
     ------
     OutputExists
-        There is something at `path`.
+        There is something at `path`; with `overwrite`, something that is no zarr store.
     UsageError
-        The dataset is a part of a split, whose rows have no places of their own.
+        The dataset is a part of a split, whose rows have no places of their own, or `path` overlaps with a store that is read.
     MemoryLimitExceeded, DataError
         As for `reduce`; nothing is left at `path` then.
     """
     if dataset.subsets:
         raise UsageError("a part of a split has no row order of its own to write; use the whole dataset")
+    check_apart(dataset, path)
+    check_output(path, overwrite=overwrite, folder=True)  # before a plan is made and the store looked through
     rows = dataset.features[0]
     chunk = CHUNK_ROWS if isinstance(rows, MemoryRows) else rows.chunk_rows
     chunk = min(chunk, dataset.stored_rows)
     plan, cut = _plan(dataset, name, chunk, n_columns, memory_limit)
     before = begin(dataset)
     with (
-        publish(path, overwrite=overwrite) as beside,
+        publish(path, overwrite=overwrite, folder=True) as beside,
         running_pass(name, dataset.stored_rows, dataset.row_bytes, progress) as key,
     ):
         array = zarr.open_group(str(beside), mode="w").create_array(
@@ -93,6 +99,21 @@ def write(
         tally = sum(tallies, Tally())
         end(dataset, before, tally)
     return tally
+
+
+def check_apart(dataset: Dataset, output: str | os.PathLike[str]) -> None:
+    """Raise `UsageError` when `output` is, lies inside, or contains a local store that the dataset reads."""
+    place = Path(output).resolve()
+    for rows in dataset.arrays:
+        sources = [rows.array] if isinstance(rows, ZarrRows) else []
+        if isinstance(rows, DaskRows):
+            sources = [array for _, array in rows.zarr_sources()]
+        for root in filter(None, map(local_root, sources)):
+            store = root.resolve()
+            if place.is_relative_to(store) or store.is_relative_to(place):
+                raise UsageError(
+                    f"the output {output} overlaps with {root}, which is read; write it beside the data, not over them"
+                )
 
 
 def write_span(dataset: Dataset, span: Span, function: Function, array: zarr.Array[Any], key: str, *lazy: Any) -> Tally:

@@ -14,6 +14,7 @@ import streamlr
 from streamlr.aggregates.moments import MomentsOf
 from streamlr.aggregates.tree import Partial, Tree
 from streamlr.dataset.blocks import Span
+from streamlr.dataset.subset import Subset
 from streamlr.errors import DataError, NonFiniteValue, NoRows, UsageError
 
 N, P = 9_000, 60  # tiles of 2,048 rows: five of them
@@ -217,13 +218,27 @@ def test_a_part_can_be_split_again():
     assert len({part.fingerprint for part in (dataset, train, test, first, second)}) == 5
 
 
-def test_the_same_seed_twice_leaves_one_part_empty():
-    dataset = streamlr.Dataset(np.arange(20.0).reshape(10, 2), np.arange(10.0))
-    train, _ = dataset.split(0.5, seed=1)
-    nobody = train.split(0.5, seed=1)[1]
-    assert nobody.n_rows == 0
+def test_a_part_is_split_by_another_hash_than_the_one_that_made_it():
+    dataset = streamlr.Dataset(np.zeros((100_000, 1)), np.zeros(100_000))
+    for seed in (0, 1, 2**63):
+        train, test = dataset.split(0.1, seed=seed)
+        assert abs(test.n_rows - 10_000) < 500  # more than five standard deviations
+        inner, held_out = train.split(0.1, seed=seed)
+        assert abs(held_out.n_rows - 9_000) < 500
+        assert inner.n_rows + held_out.n_rows == train.n_rows
+
+
+def test_another_seed_is_no_shift_of_the_rows():
+    chosen = [Subset(0.5, seed, 0, complement=False).holds(0, 5000) for seed in range(3)]
+    for a, b in ((0, 1), (1, 2), (0, 2)):
+        for shift in range(-3, 4):
+            agreement = (chosen[a][10 + shift : 4000 + shift] == chosen[b][10:4000]).mean()
+            assert abs(agreement - 0.5) < 0.05
+
+
+def test_a_part_without_rows_is_an_error():
     with pytest.raises(NoRows):
-        streamlr.fit(nobody)
+        streamlr.fit(streamlr.Dataset(np.zeros((2, 1)), np.zeros(2)).split(1e-9, seed=0)[1])
 
 
 def test_a_value_that_is_missing_outside_the_part_does_not_matter():

@@ -1,0 +1,42 @@
+"""What a reading met besides the rows it kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What a reading met besides the rows it kept; tallies of disjoint rows add up.
+
+    Attributes
+    ----------
+    rows : int
+        Rows read.
+    dropped : int
+        Rows left out because a value was missing.
+    dropped_by_column : mapping of str to int
+        For each column, how many of those rows lacked its value.
+    chunks_missing : int
+        Absent chunks read as fill values, where that was allowed.
+    rounded : frozenset of str
+        Columns with integers beyond 2**53, which float64 rounds.
+    """
+
+    rows: int = 0
+    dropped: int = 0
+    dropped_by_column: Mapping[str, int] = field(default_factory=dict)
+    chunks_missing: int = 0
+    rounded: frozenset[str] = frozenset()
+
+    def __add__(self, other: Tally) -> Tally:
+        names = sorted({*self.dropped_by_column, *other.dropped_by_column})
+        by_column = {name: self.dropped_by_column.get(name, 0) + other.dropped_by_column.get(name, 0) for name in names}
+        return Tally(
+            self.rows + other.rows,
+            self.dropped + other.dropped,
+            by_column,
+            self.chunks_missing + other.chunks_missing,
+            self.rounded | other.rounded,
+        )
