@@ -143,7 +143,7 @@ def test_predictions_never_come_from_missing_chunks(rows, tmp_path):
     whole = zarr.open_array(tmp_path / "s.zarr/X", mode="r")
     assert (estimator.predict(whole) == model.predict(x)).all()
     shutil.rmtree(tmp_path / "s.zarr/X/c/3")
-    with pytest.raises(ChunkMissing, match="chunk 3.0 of array 'X'"):
+    with pytest.raises(ChunkMissing, match=r"chunk 3.0 of array 'X'"):
         estimator.predict(whole)
     lazy = da.from_zarr(str(tmp_path / "s.zarr"), component="X")
     for predict in (model.predict, estimator.predict):

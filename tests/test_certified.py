@@ -122,7 +122,7 @@ def test_nist(name: str, coef: float, std_err: float | None, sd: float, r2: floa
 def test_filip_is_not_a_silent_number():
     # condition 1e9 of the equilibrated columns: squared, beyond float64. The rank says so, and the optimum is met all the same
     with pytest.warns(RankWarning, match="depend"), pytest.warns(PrecisionWarning, match="nearly dependent"):
-        model, digits = reached("Filip")
+        model, _ = reached("Filip")
     assert model.rank < model.n_features
     assert model.aliased
     assert model.digits < 3

@@ -196,11 +196,45 @@ def test_rows_fill_chunks_whatever_the_blocks(tmp_path: Path, n_rows: int, rows_
 
 
 def test_the_default_chunk_is_a_power_of_two_of_rows():
-    for n_features in (1, 2, 3, 23, 1000, 10_000):
-        rows = default_rows_per_chunk(n_features)
+    for n_columns in (1, 2, 3, 23, 1000, 10_000, 100_000, 10_000_000):
+        rows = default_rows_per_chunk(n_columns)
         assert rows & (rows - 1) == 0
-        assert 2**10 <= rows <= 2**20
-        assert rows in (2**10, 2**20) or 8e6 < rows * n_features * 8 <= 2**24
+        assert rows in (1, 2**20) or 8e6 < rows * n_columns * 8 <= 2**24
+
+
+@pytest.mark.parametrize(("n_features", "n_targets"), [(20_000, 1), (1, 20_000)])
+def test_wide_rows_make_low_chunks(tmp_path: Path, n_features: int, n_targets: int):
+    names = [f"c{number}" for number in range(20_000)]
+    writer = RowStoreWriter(tmp_path / "s.zarr", features=names[:n_features], targets=names[:n_targets])
+    x, y = np.ones((3, n_features)), np.ones((3, n_targets))
+    writer.append(x, y)
+    writer.finish()
+    chunks = {array.chunks[0] for _, array in zarr.open_group(tmp_path / "s.zarr", mode="r").arrays()}
+    assert chunks == {64}
+    assert {name: array.shape[0] for name, array in arrays(tmp_path / "s.zarr").items()} == {"X": 3, "y": 3}
+
+
+INGEST_AND_MEASURE = """
+import re, sys
+from streamlr.dataset.ingest import ingest
+report = ingest(sys.argv[1], sys.argv[2], formula="y ~ C(k)")
+print(report.n_rows, len(report.features), re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of memory is read from /proc")
+@pytest.mark.parametrize(("n_rows", "n_levels"), [(700_000, 300), (20_000, 10_000)])
+def test_memory_does_not_grow_with_rows_times_levels(tmp_path: Path, n_rows: int, n_levels: int):
+    source = write(tmp_path, "y,k\n" + "".join(f"{row % 10},{row % n_levels}\n" for row in range(n_rows)))
+    done = subprocess.run([sys.executable, "-c", INGEST_AND_MEASURE, source, tmp_path / "s.zarr"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows, features, peak = map(int, done.stdout.split())
+    assert (rows, features) == (n_rows, n_levels - 1)
+    assert peak < 450 * 1024
+    x = zarr.open_group(tmp_path / "s.zarr", mode="r")["X"]
+    for start in (0, n_rows // 2 - 1, n_rows - 5):
+        expected = np.arange(start, start + 5)[:, None] % n_levels == np.arange(1, n_levels)
+        np.testing.assert_array_equal(x[start : start + 5], expected)
 
 
 @pytest.mark.parametrize(
@@ -272,6 +306,26 @@ def test_like_without_targets_gives_rows_to_predict_from(tmp_path: Path):
     assert load_coding(report.path) == first.coding
 
 
+@pytest.mark.parametrize("blank", ["", "NA"])
+def test_like_takes_targets_without_a_value_as_absent(tmp_path: Path, blank: str):
+    first = ingest(write(tmp_path, SALES), tmp_path / "s.zarr", formula="log(price) ~ size + C(kind)", weights="w")
+    sources = [write(tmp_path, f"size,kind,price\n{size},b,{blank}\n", f"{size}.csv") for size in (7, 8)]
+    report = ingest(sources, tmp_path / "new.zarr", like=first.path)
+    assert report.targets == ()
+    np.testing.assert_array_equal(arrays(report.path)["X"], [[7, 1], [8, 1]])
+    sources.append(write(tmp_path, "size,kind,price,w\n9,b,1,1\n", "9.csv"))
+    with pytest.raises(UsageError, match="no column 'w'"):
+        ingest(sources, tmp_path / "mixed.zarr", like=first.path)
+
+
+def test_like_does_not_pass_over_targets_of_which_some_are_missing(tmp_path: Path):
+    first = ingest(write(tmp_path, SALES), tmp_path / "s.zarr", formula="price ~ size + C(kind)")
+    source = write(tmp_path, "size,kind,price\n7,b,\n8,b,1\n", "new.csv")
+    with pytest.raises(BadCell, match="line 2, column 'price': the cell is missing"):
+        ingest(source, tmp_path / "new.zarr", like=first.path)
+    assert ingest(source, tmp_path / "new.zarr", like=first.path, missing="drop").n_dropped == 1
+
+
 def test_like_refuses_unseen_levels_and_mixed_targets(tmp_path: Path):
     first = ingest(write(tmp_path, SALES), tmp_path / "s.zarr", formula="price ~ size + C(kind)")
     new = write(tmp_path, "size,kind\n7,b\n8,z\n", "new.csv")
@@ -332,6 +386,28 @@ def test_paths(tmp_path: Path):
     with pytest.raises(BadCell):
         ingest(source, tmp_path / "s.zarr", target="w", features="kind", overwrite=True)
     assert files(tmp_path / "s.zarr") == before
+
+
+@pytest.mark.parametrize(
+    "output", ["in/t.csv", "in", "in/t.csv/s.zarr", "link.csv", "in/like.zarr", "in/like.zarr/X", "folder/like.zarr"]
+)
+@pytest.mark.parametrize("exists", [True, False])
+def test_an_output_that_is_an_input_is_refused_before_anything_is_read(tmp_path: Path, output: str, exists: bool):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "folder").symlink_to(tmp_path / "in")
+    source = tmp_path / "in" / "t.csv"
+    (tmp_path / "link.csv").symlink_to(source)
+    if exists:
+        ingest(write(tmp_path / "in", SALES), tmp_path / "in" / "like.zarr", target="price", features="size")
+    before = files(tmp_path / "in")
+    with pytest.raises(UsageError, match=r"is the input .*, or one lies inside the other"):
+        ingest(source, tmp_path / output, like=tmp_path / "in" / "like.zarr", overwrite=True)
+    assert files(tmp_path / "in") == before
+
+
+def test_a_neighbour_of_an_input_may_be_written(tmp_path: Path):
+    source = write(tmp_path, SALES)
+    assert ingest(source, tmp_path / "t.csv.zarr", target="price", features="size").n_rows == 4
 
 
 def test_a_table_that_grows_between_the_passes_is_noticed(tmp_path: Path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import datetime
 import decimal
+import errno
 import gzip
 import io
 import math
@@ -229,6 +230,37 @@ def test_an_integer_that_float64_cannot_hold_is_an_error_with_its_row(tmp_path: 
     pq.write_table(pa.table({"x": [1, None, 2**53, -(2**53) - 1]}), tmp_path / "t.parquet")
     with pytest.raises(BadCell, match=r"row 4, column 'x': got -9007199254740993"):
         read(tmp_path / "t.parquet", ["x"])
+
+
+@pytest.mark.parametrize("block_bytes", [64, 2**20])
+@pytest.mark.parametrize("cell", ["9007199254740993", "-9007199254740993", " +12345678901234567", "9" * 5000, "9" * 400])
+def test_an_integer_that_a_csv_file_would_have_rounded_is_an_error_with_its_line(tmp_path: Path, cell: str, block_bytes: int):
+    path = write(tmp_path, 'x,z,k\n9007199254740992,1e300,a\n,2,"b\n"\n' + "1,2,c\n" * 20 + f"{cell},2,d\n")
+    with pytest.raises(BadCell, match=r"t.csv, line 25, column 'x': got '.*beyond 2\*\*53"):
+        read(path, ["z", "x"], ["x"], block_bytes=max(block_bytes, len(cell) + 64))
+
+
+def test_large_numbers_that_lose_nothing_or_are_no_integers_are_read(tmp_path: Path):
+    cells = ["9007199254740992", "-1152921504606846976", "100000000000000000000", "9007199254740993.0", "1e23", "0" * 20 + "1"]
+    assert read(write(tmp_path, "x,z\n" + "".join(f"{cell},0\n" for cell in cells)), ["x"])["x"] == list(map(float, cells))
+
+
+def test_a_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = write(tmp_path, TEXT)
+
+    def refuse(*_: Any):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(DataError, match=f"{path} may not be read: Permission denied"):
+        open_table(path)
+
+
+def test_the_cells_that_stand_for_no_value(tmp_path: Path):
+    path = write(tmp_path, 'x,kind\n,""\nNA,NA\nNaN,NaN\nnan,nan\nnull,null\n"NULL",NULL\n')
+    found = read(path, ["x"], ["kind"])
+    assert np.isnan(found["x"]).all()
+    assert found["text kind"] == [None] * 6
 
 
 def test_wordy_columns_hold_words_and_no_number(tmp_path: Path):
