@@ -16,13 +16,12 @@ from streamlr.aggregates.moments import Moments
 from streamlr.dataset.dask_rows import DaskRows
 from streamlr.dataset.dataset import default_names
 from streamlr.dataset.rows import check_dtype, plain_array
+from streamlr.dataset.tables.coding import MODEL_FORMAT, MODEL_VERSION
 from streamlr.direct.inference import Summary, standard_errors, summarise
 from streamlr.direct.routes import Solution
 from streamlr.errors import BadFile, UsageError
 from streamlr.files import read_json, to_json, write_json
 
-KIND = "streamlr model"
-VERSION = 1
 Array = NDArray[np.float64]
 
 
@@ -288,7 +287,7 @@ class FittedModel:
         from importlib.metadata import version
 
         content = {**self.to_dict(), "written_by": {"streamlr": version("streamlr"), "numpy": np.__version__}}
-        write_json(path, KIND, VERSION, content, overwrite=overwrite)
+        write_json(path, MODEL_FORMAT, MODEL_VERSION, content, overwrite=overwrite)
 
 
 def load_model(path: str | os.PathLike[str]) -> FittedModel:
@@ -316,7 +315,7 @@ def load_model(path: str | os.PathLike[str]) -> FittedModel:
     >>> (again.coef == model.coef).all()
     np.True_
     """
-    content = read_json(path, KIND, VERSION)
+    content = read_json(path, MODEL_FORMAT, MODEL_VERSION)
     try:
         p = len(content["feature_names"])
         cost = dict(content["cost"])

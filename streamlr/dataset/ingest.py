@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamlr.dataset.row_store import RowStoreWriter
-from streamlr.dataset.tables.batches import Batch, Table, open_table, wordy_columns
+from streamlr.dataset.tables.batches import Batch, Table, open_table, read_batches, wordy_columns
 from streamlr.dataset.tables.coding import Coder, Coding, load_coding
 from streamlr.dataset.tables.formulas import RowFormula, parse_formula
 from streamlr.dataset.tables.levels import Progress, collect_levels
@@ -21,6 +22,7 @@ from streamlr.errors import BadCell, DataError, StoreChanged, UnsupportedDtype, 
 from streamlr.files import publish
 
 StrPath = str | os.PathLike[str]
+CODED_BYTES = 16 * 2**20  # X and y of the rows that are coded at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,16 +71,17 @@ def ingest(
 ) -> IngestReport:
     """Turn CSV and Parquet files into a store of rows to fit, with a checksum on every chunk.
 
-    The files are streamed once, or twice when there are categories, whose levels are collected over all files first. The store
-    appears at `destination` only when it is whole. What it holds depends on the rows and their order alone, not on how files or
-    blocks divide them.
+    The files are streamed once, or twice when there are categories, whose levels are collected over all files first. The memory
+    this takes depends neither on how many rows there are nor on how many columns a formula makes of each. The store appears at
+    `destination` only when it is whole. What it holds depends on the rows and their order alone, not on how files or blocks divide
+    them.
 
     Parameters
     ----------
     sources : path or sequence of paths
         CSV files (UTF-8, a header, commas; plain, gzip, or alone in a zip) and Parquet files, read in this order.
     destination : path
-        The zarr group to write.
+        The zarr group to write; apart from the sources and from `like`.
     formula : str, optional
         Like "y ~ a + C(b) + a:C(b)": C() marks categories, all else is a number. The first level in sorted order is the reference.
     target : str or sequence of str, optional
@@ -86,11 +89,13 @@ def ingest(
     features : str or sequence of str, optional
         With `target`: number columns to predict from. Default: all others.
     like : path, optional
-        Instead of both: a store or model whose coding to follow. Tables without its targets give a store of X alone.
+        Instead of both: a store or model whose coding to follow. Tables without its targets, or with no cell of them filled,
+        give a store of X alone.
     weights : str, optional
         The column with the weights of the rows. With `like`, the coding says which.
     missing : "error" or "drop"
-        What to do about a row with a missing cell (empty, NA, NaN, null) in a column that is used: stop, or leave the row out.
+        What to do about a row with a missing cell (empty, NA, NaN, nan, null or NULL) in a column that is used: stop, or leave the
+        row out.
     rows_per_chunk : int, optional
         Rows in a chunk. Default: about 16 MB of X.
     overwrite : bool
@@ -129,8 +134,9 @@ def ingest(
     if not paths:
         raise UsageError("there is nothing to ingest; name at least one CSV or Parquet file")
     parsed = _check_request(formula, target, features, like, weights)
+    _check_apart(destination, paths if like is None else [*paths, like])
     tables = [open_table(path) for path in paths]
-    with publish(destination, overwrite=overwrite) as beside:
+    with publish(destination, overwrite=overwrite, folder=True) as beside:
         n_expected, with_targets = None, True
         if like is not None:
             coding = load_coding(like)
@@ -178,9 +184,12 @@ def _write(
         path, features=coding.features, targets=targets, weights=weights is not None, rows_per_chunk=rows_per_chunk
     )
     numbers = list(dict.fromkeys([*target_columns, *coding.numbers, *_names(weights)]))
+    # a block of short lines holds many rows, and a category turns one cell into as many numbers as it has levels
+    rows_at_once = max(1, CODED_BYTES // (8 * (len(coding.features) + len(targets))))
     for batch in complete_rows(tables, numbers, list(coding.levels), missing, counts):
-        y = coder.y(batch) if with_targets else None
-        writer.append(coder.x(batch), y, None if weights is None else _weights(batch, weights))
+        for piece in batch.pieces(rows_at_once):
+            y = coder.y(piece) if with_targets else None
+            writer.append(coder.x(piece), y, None if weights is None else _weights(piece, weights))
         if progress is not None:
             progress("rows", counts.read)
     tally = {"rows_read": counts.read, "rows_dropped": counts.dropped, "dropped_by_column": counts.by_column}
@@ -214,6 +223,18 @@ def _check_request(formula: str | None, target: object, features: object, like: 
     return None if formula is None else parse_formula(formula)
 
 
+def _check_apart(destination: StrPath, inputs: Sequence[StrPath]) -> None:
+    """Refuse to write to what is read, into it or around it: `overwrite` would take the input away."""
+    output = Path(os.path.realpath(destination))
+    for given in inputs:
+        place = Path(os.path.realpath(given))
+        if place == output or place in output.parents or output in place.parents:
+            raise UsageError(
+                f"the output {os.fspath(destination)} is the input {os.fspath(given)}, or one lies inside the other; write the "
+                "store to a path of its own"
+            )
+
+
 def _check_columns(tables: Sequence[Table], names: Sequence[str]) -> None:
     for table in tables:
         for name in names:
@@ -231,8 +252,7 @@ def _coding_of_columns(targets: list[str], features: list[str] | None, weights: 
     chosen = features or [name for name in tables[0].columns if name not in special]
     if features is None:
         _check_all_others(tables, chosen, special)
-    used = [*chosen, *special]
-    repeated = [name for name in used if used.count(name) > 1]
+    repeated = [name for name, count in Counter([*chosen, *special]).items() if count > 1]
     if repeated:
         raise UsageError(f"the column {repeated[0]!r} is named twice among features, target and weights; name it once")
     return Coding.of_columns(chosen, targets, weights)
@@ -257,14 +277,22 @@ def _check_all_others(tables: Sequence[Table], chosen: list[str], special: list[
 
 
 def _has_targets(coding: Coding, tables: Sequence[Table]) -> bool:
-    """Tell whether these tables have the targets of the coding (all in every one) or not (none in any), and all else it needs."""
+    """Tell whether these tables have the targets of the coding (all in every one) or not (none in any); check for all else.
+
+    Columns of targets without a single value count as absent: that is how rows to be predicted often come.
+    """
     absent = [(table, name) for table in tables for name in coding.target_columns if name not in table.columns]
-    with_targets = not absent
     if absent and len(absent) < len(tables) * len(coding.target_columns):
         table, name = absent[0]
         raise DataError(
             f"{table.path} has no target column {name!r}, but others are there; give all targets in all tables, or none"
         )
+    with_targets = not absent and any(
+        not np.isnan(column).all()
+        for table in tables
+        for batch in read_batches(table, numbers=coding.target_columns)
+        for column in batch.numbers.values()
+    )
     needed = [*coding.numbers, *coding.levels, *(_names(coding.weights) if with_targets else [])]
     _check_columns(tables, needed)
     return with_targets

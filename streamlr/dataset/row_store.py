@@ -16,7 +16,7 @@ from streamlr.dataset.integrity import ATTRIBUTE, seal
 from streamlr.errors import NoRows, UsageError
 
 CHUNK_BYTES = 16 * 2**20
-LEAST_ROWS, MOST_ROWS = 2**10, 2**20
+LEAST_ROWS, MOST_ROWS = 2**10, 2**20  # by default; where columns are many, CHUNK_BYTES allows fewer
 LARGEST_CHUNK_BYTES = 2**31 - 1
 COMPRESSION_LEVEL = 1
 
@@ -63,11 +63,12 @@ class RowStoreWriter:
     ) -> None:
         if not features:
             raise UsageError("a store needs at least one feature column; name one")
-        check_rows_per_chunk(rows_per_chunk, len(features))
+        n_columns = max(len(features), len(targets))
+        check_rows_per_chunk(rows_per_chunk, n_columns)
         self._path = Path(path)
         self._features, self._targets = list(features), list(targets)
         self._given_rows = rows_per_chunk
-        self.rows_per_chunk = rows_per_chunk or default_rows_per_chunk(len(features))
+        self.rows_per_chunk = rows_per_chunk or default_rows_per_chunk(n_columns)
         self.n_rows = 0
         shapes: dict[str, tuple[int, ...]] = {"X": (len(features),)}
         if targets:
@@ -125,7 +126,7 @@ class RowStoreWriter:
         if not self.n_rows and not self._filled:
             raise NoRows(f"no row was given to write to {self._path}")
         if self._given_rows is None and not self.n_rows:
-            self.rows_per_chunk = max(LEAST_ROWS, 1 << (self._filled - 1).bit_length())
+            self.rows_per_chunk = min(self.rows_per_chunk, max(LEAST_ROWS, 1 << (self._filled - 1).bit_length()))
         if self._filled:
             self._write_chunk()
         seal(self._path, features=self._features, targets=self._targets, coding=coding or {}, counts=counts or {})
@@ -153,24 +154,24 @@ class RowStoreWriter:
         return array
 
 
-def default_rows_per_chunk(n_features: int) -> int:
-    """Return the rows in a chunk of about 16 MB of X: a power of two, at least 1,024 and at most 1,048,576.
+def default_rows_per_chunk(n_columns: int) -> int:
+    """Return the rows in a chunk of about 16 MB of X, or of y if that is wider: a power of two, at most 1,048,576.
 
     Examples
     --------
     >>> default_rows_per_chunk(23), default_rows_per_chunk(1), default_rows_per_chunk(100_000)
-    (65536, 1048576, 1024)
+    (65536, 1048576, 16)
     """
-    rows = CHUNK_BYTES // (8 * n_features)
-    return min(MOST_ROWS, max(LEAST_ROWS, 1 << max(0, rows.bit_length() - 1)))
+    rows = CHUNK_BYTES // (8 * n_columns)
+    return min(MOST_ROWS, 1 << max(0, rows.bit_length() - 1))
 
 
-def check_rows_per_chunk(rows: int | None, n_features: int) -> None:
+def check_rows_per_chunk(rows: int | None, n_columns: int) -> None:
     """Raise unless a chunk of that many rows can be written."""
     if rows is None:
         return
-    most = max(1, LARGEST_CHUNK_BYTES // (8 * n_features))
+    most = max(1, LARGEST_CHUNK_BYTES // (8 * n_columns))
     if not isinstance(rows, int) or isinstance(rows, bool) or not 1 <= rows <= most:
         raise UsageError(
-            f"rows_per_chunk is {rows!r}; it should be an integer from 1 to {most:,} for {n_features:,} columns (2 GB a chunk)"
+            f"rows_per_chunk is {rows!r}; it should be an integer from 1 to {most:,} for {n_columns:,} columns (2 GB a chunk)"
         )

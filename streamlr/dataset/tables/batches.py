@@ -8,6 +8,7 @@ an error.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,13 +51,20 @@ class Batch:
         numbers = {name: column[mask] for name, column in self.numbers.items()}
         return Batch(self.table, self.rows[mask], numbers, {name: column.filter(mask) for name, column in self.texts.items()})
 
+    def pieces(self, n_rows: int) -> Iterator[Batch]:
+        """Iterate over the batch, `n_rows` rows at a time; nothing is copied."""
+        for start in range(0, len(self.rows), n_rows):
+            part = slice(start, start + n_rows)
+            numbers = {name: column[part] for name, column in self.numbers.items()}
+            texts = {name: column.slice(start, n_rows) for name, column in self.texts.items()}
+            yield Batch(self.table, self.rows[part], numbers, texts)
+
     def place(self, index: int, column: str) -> str:
         """Say, for an error, where a cell of row `index` of this batch stands: file, line (in Parquet: row, from 1), column."""
         row = int(self.rows[index])
         if isinstance(self.table, ParquetFile):
             return f"{self.table.path}, row {row + 1}, column {column!r}"
-        line = next((line for number, (line, _) in enumerate(self.table.records()) if number == row), None)
-        return f"{self.table.path}, line {line}, column {column!r}"
+        return f"{self.table.path}, line {self.table.line(row)}, column {column!r}"
 
 
 def open_table(path: str | os.PathLike[str]) -> Table:
@@ -73,7 +81,7 @@ def open_table(path: str | os.PathLike[str]) -> Table:
     PathNotFound, UsageError
         There is no such file, or it is a folder.
     DataError
-        It is empty, damaged or in another format, or two columns share a name.
+        It may not be read, is empty, damaged or in another format, or two columns share a name.
 
     Examples
     --------
@@ -86,12 +94,15 @@ def open_table(path: str | os.PathLike[str]) -> Table:
     >>> folder.cleanup()
     """
     path = Path(path)
-    if path.is_dir():
-        raise UsageError(f"{path} is a folder; name the CSV or Parquet files in it")
-    if not path.exists():
-        raise PathNotFound(f"no file at {path}; check the path")
-    with path.open("rb") as file:
-        start = file.read(4)
+    try:
+        if path.is_dir():
+            raise UsageError(f"{path} is a folder; name the CSV or Parquet files in it")
+        if not path.exists():
+            raise PathNotFound(f"no file at {path}; check the path")
+        with path.open("rb") as file:
+            start = file.read(4)
+    except PermissionError as error:
+        raise DataError(f"{path} may not be read: {error.strerror}; ask for permission to read it") from error
     table: Table
     if start == b"PAR1":
         table = read_schema(path)
@@ -99,7 +110,7 @@ def open_table(path: str | os.PathLike[str]) -> Table:
         table = read_header(path, "zip")
     else:
         table = read_header(path, "gzip" if start.startswith(b"\x1f\x8b") else None)
-    repeated = sorted({name for name in table.columns if table.columns.count(name) > 1})
+    repeated = sorted(name for name, count in Counter(table.columns).items() if count > 1)
     if repeated:
         raise DataError(f"{path} has several columns named {repeated[0]!r}; give each column a name of its own")
     return table
@@ -150,7 +161,12 @@ def wordy_columns(table: Table, names: Sequence[str], *, n_rows: int = 1000) -> 
     """Return those columns among `names` that hold no numbers: by their types, or in a CSV file by its first rows."""
     if isinstance(table, ParquetFile):
         return [name for name in names if name not in table.numeric]
-    first = [cells for _, (_, cells) in zip(range(n_rows), table.records(), strict=False)]
-    filled = {(name, cell) for cells in first for name, cell in zip(table.columns, cells, strict=False) if cell not in MISSING}
-    numeric = {name for name, cell in filled if is_number(cell)}
-    return [name for name in names if name not in numeric and any(name == column for column, _ in filled)]
+    filled: set[str] = set()
+    numeric: set[str] = set()
+    for _, (_, cells) in zip(range(n_rows), table.records(), strict=False):
+        for name, cell in zip(table.columns, cells, strict=False):
+            if name not in numeric and cell not in MISSING:
+                filled.add(name)
+                if is_number(cell):
+                    numeric.add(name)
+    return [name for name in names if name in filled and name not in numeric]

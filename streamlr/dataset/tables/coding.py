@@ -25,6 +25,7 @@ from streamlr.dataset.tables.formulas import RowFormula, category_key, parse_for
 from streamlr.errors import BadFile, DataError, NonFiniteValue, UnknownLevel, UsageError
 from streamlr.files import read_json
 
+# what a model file says of itself: stated here, since this floor reads its coding and the floor of models stands on this one
 MODEL_FORMAT = "streamlr model"
 MODEL_VERSION = 1
 
@@ -273,8 +274,12 @@ class _Design:
         return self._matrix(self._y_spec, {name: batch.numbers[name] for name in self._target_columns}, {})
 
     def _matrix(self, spec: Any, numbers: Mapping[str, Any], codes: Mapping[str, Any]) -> NDArray[np.float64]:
+        materializer = spec.get_materializer(self._frame(numbers, codes), context={})
         with np.errstate(all="ignore"):  # what is not finite is found afterwards, with its row
-            matrix = spec.get_model_matrix(self._frame(numbers, codes), context={})
+            matrix = materializer.get_model_matrix(spec)
+        # a materializer stands in a cycle of references, and would keep its columns until the garbage collector comes round
+        materializer.factor_cache.clear()
+        materializer.encoded_cache.clear()
         return np.ascontiguousarray(matrix, dtype=np.float64)
 
     def _frame(self, numbers: Mapping[str, Any], codes: Mapping[str, Any]) -> Any:

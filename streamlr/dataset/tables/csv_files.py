@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +21,8 @@ from numpy.typing import NDArray
 from streamlr.dataset.tables.extras import load_extra
 from streamlr.errors import BadCell, DataError
 
-MISSING = ("", "NA", "NaN", "nan")  # the cells that stand for no value
+MISSING = ("", "NA", "NaN", "nan", "null", "NULL")  # the cells that stand for no value
+LARGEST_INTEGER = 2**53  # beyond it, float64 skips integers
 NUMERAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 _NOT_FINITE = re.compile(r"[+-]?(inf(inity)?|nan(\(\w*\))?)", re.ASCII | re.IGNORECASE)
 
@@ -51,12 +53,14 @@ class CsvFile:
         Raises
         ------
         BadCell
-            At the first block with a cell or row that is not as expected; says file, line and column.
+            At the first block with a cell or row that is not as expected, or with an integer that float64 cannot hold; says
+            file, line and column.
         DataError
             The compressed file is damaged.
         """
         pa, arrow_csv = load_extra("pyarrow"), load_extra("pyarrow.csv")
         types = {name: pa.float64() for name in numbers} | {name: pa.string() for name in texts}
+        unchecked = set(numbers)
         with _opened(self) as file:
             watched = _CountsQuotes(file)
             try:
@@ -70,8 +74,12 @@ class CsvFile:
                     ),
                 ) as reader:
                     for block in reader:
-                        text_columns = {name: block.column(name) for name in texts}
-                        yield {name: _as_numbers(pa, block.column(name)) for name in numbers}, text_columns
+                        number_columns = {name: _as_numbers(pa, block.column(name)) for name in numbers}
+                        large = {name for name in unchecked if (np.abs(number_columns[name]) >= LARGEST_INTEGER).any()}
+                        if large:
+                            _refuse_rounded_integers(self, large, block_bytes)
+                            unchecked -= large
+                        yield number_columns, {name: block.column(name) for name in texts}
             except pa.ArrowInvalid as error:
                 _raise_first_bad_cell(self, numbers, texts)
                 raise BadCell(f"{self.path} cannot be read as CSV: {error}; rows may have at most {block_bytes:,} bytes") from error
@@ -83,6 +91,10 @@ class CsvFile:
         lines = _lines(self)
         next(lines)
         return lines
+
+    def line(self, row: int) -> int | None:
+        """Return the line on which a row starts, counting rows from 0 and lines from 1; None if the file has lost it since."""
+        return next((line for number, (line, _) in enumerate(self.records()) if number == row), None)
 
 
 def read_header(path: Path, compression: Literal["gzip", "zip"] | None) -> CsvFile:
@@ -211,6 +223,26 @@ def _raise_first_bad_cell(file: CsvFile, numbers: Collection[str], texts: Collec
                 )
             if name in texts and _undecodable(cell):
                 raise BadCell(f"{where}, column {name!r}: got bytes that are not UTF-8; save the file as UTF-8")
+
+
+def _refuse_rounded_integers(file: CsvFile, names: Collection[str], block_bytes: int) -> None:
+    """Read columns again, as text, and raise BadCell at the first integer that float64 does not hold.
+
+    It is done once for a column, if it holds a large number at all: as text, 12345678901234567 tells from 12345678901234567.0.
+    """
+    compute, start = load_extra("pyarrow.compute"), 0
+    for _, columns in file.blocks((), sorted(names), block_bytes):
+        for name, column in columns.items():
+            long = compute.match_substring_regex(column, r"^[ \t]*[+-]?[0-9]{16,}[ \t]*$").fill_null(False)
+            for index in np.flatnonzero(long.to_numpy(zero_copy_only=False)):
+                cell = column[int(index)].as_py()
+                if float(cell) != Decimal(cell.strip()):
+                    where = f"{file.path}, line {file.line(start + int(index))}, column {name!r}"
+                    raise BadCell(
+                        f"{where}: got {_shown(cell)}, an integer beyond 2**53, which float64 does not hold exactly; leave the "
+                        "column out, or write it with a decimal point where that loss does no harm"
+                    )
+        start += len(column)
 
 
 def _undecodable(cell: str) -> bool:

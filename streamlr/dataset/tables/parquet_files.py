@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from streamlr.dataset.tables.csv_files import LARGEST_INTEGER
 from streamlr.dataset.tables.extras import load_extra
 from streamlr.errors import BadCell, DataError, UnsupportedDtype
-
-LARGEST_INTEGER = 2**53  # beyond it, float64 skips integers
 
 
 @dataclass(frozen=True, slots=True)
