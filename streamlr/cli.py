@@ -2,30 +2,43 @@
 
 from __future__ import annotations
 
-import json
-import sys
-import traceback
-import warnings
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
-from functools import wraps
-from pathlib import Path
-from typing import Annotated, Any
+try:
+    import json
+    import os
+    import signal
+    import sys
+    import traceback
+    import warnings
+    from collections.abc import Callable
+    from contextlib import nullcontext
+    from dataclasses import asdict, dataclass, field
+    from functools import wraps
+    from pathlib import Path
+    from typing import Annotated, Any
 
-import typer
+    import typer
 
-from streamlr.errors import DataError, ResourceError, StreamlrError
+    from streamlr.errors import DataError, ResourceError, StreamlrError
+    from streamlr.files import check_output, to_json
+except KeyboardInterrupt:  # these take a tenth of a second, before `main` can do anything about Ctrl-C
+    raise SystemExit(130) from None
 
-INTERRUPTED = 130
+STOPPED = 128  # a process that a signal stopped ends with this and the signal's number: 130 or 143
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
     help="Linear regression on data larger than memory: exact, in one pass over the rows.",
     epilog="Exit status: 0 done; 1 a bug of ours; 2 usage; 3 the data are wrong or incomplete; 4 the numbers failed; "
-    "5 memory or disk; 130 interrupted.",
+    "5 memory or disk; 130 interrupted, 143 terminated.",
 )
+
+
+class Stopped(BaseException):
+    """Ctrl-C or SIGTERM came. No `KeyboardInterrupt`, for which each version of typer has an end of its own."""
+
+    def __init__(self, number: int) -> None:
+        self.exit_status = STOPPED + number
 
 
 @dataclass(frozen=True)
@@ -48,23 +61,22 @@ def command(function: Callable[..., Outcome]) -> Callable[..., None]:
             with warnings.catch_warnings():
                 warnings.showwarning = _show_warning
                 outcome = function(*args, **options)
-        except KeyboardInterrupt:
-            outcome = Outcome("", {"error": "Interrupted", "message": "interrupted; nothing was left half-written"}, INTERRUPTED)
+        except Stopped as stop:
+            facts = {"error": "Interrupted", "message": "interrupted; nothing was left half-written"}
+            outcome = Outcome("", facts, stop.exit_status)
         except StreamlrError as error:
             outcome = _failure(error, error.exit_status)
-        except MemoryError as error:
-            outcome = _failure(error, ResourceError.exit_status)
-        except OSError as error:  # a full disk, a folder that may not be written
+        except (MemoryError, OSError) as error:  # also a full disk, a folder that may not be written
             outcome = _failure(error, ResourceError.exit_status)
         except Exception as error:
             traceback.print_exc()
             outcome = _failure(error, StreamlrError.exit_status)
         if "error" in outcome.facts:
-            typer.echo(f"error: {outcome.facts['message']}", err=True)
+            _print(f"error: {outcome.facts['message']}", err=True)
         if as_json:
-            typer.echo(json.dumps({**outcome.facts, "exit_status": outcome.exit_status}, allow_nan=False))
+            _print(json.dumps(to_json({**outcome.facts, "exit_status": outcome.exit_status}), allow_nan=False))
         elif outcome.text:
-            typer.echo(outcome.text)
+            _print(outcome.text)
         raise typer.Exit(outcome.exit_status)
 
     return run
@@ -91,7 +103,7 @@ def demo(
     """Fit real flights: ingest 336,776 rows of CSV, fit, evaluate, predict, and print the coefficients."""
     from streamlr.demo import run_demo
 
-    text, facts = run_demo(folder, say=lambda line: typer.echo(line, err=as_json))
+    text, facts = run_demo(folder, say=lambda line: _print(line, err=as_json))
     return Outcome(text, facts)
 
 
@@ -152,35 +164,21 @@ def ingest(
 @command
 def inspect(data: Data, memory_limit: MemoryLimit = None, as_json: Json = False) -> Outcome:
     """Show arrays, chunks, completeness, the plan of a fit and the recommended solver; reads metadata only."""
-    from streamlr.api import plan
-    from streamlr.dataset.opening import open_dataset
     from streamlr.inspection import inspect_store
 
-    arrays = inspect_store(data)
-    lines = [str(array) for array in arrays]
-    facts: dict[str, Any] = {"arrays": [asdict(array) for array in arrays], "plan": None}
-    try:
-        planned = plan(open_dataset(data), memory_limit=memory_limit)
-        lines += ["", str(planned)]
-        facts["plan"] = asdict(planned)
-    except StreamlrError as error:
-        lines += ["", f"no plan: {error}"]
-        facts["no_plan"] = str(error)
-    missing = sum(array.n_missing for array in arrays)
-    return Outcome("\n".join(lines), facts, DataError.exit_status if missing else 0)
+    found = inspect_store(data, memory_limit=memory_limit)
+    return Outcome(str(found), found.to_dict(), found.exit_status)
 
 
 @command
-def verify(data: Data, threads: Threads = None, as_json: Json = False) -> Outcome:
-    """Read every chunk of every array, and name those that are missing or damaged."""
+def verify(data: Data, memory_limit: MemoryLimit = None, threads: Threads = None, as_json: Json = False) -> Outcome:
+    """Read every chunk of every array of numbers, and name those that are missing or damaged."""
     from streamlr.inspection import verify as run
 
     with _workers(threads), _progress() as progress:
-        count, problems = run(data, progress=progress)
-    lines = [f"{problem.kind}: {problem.message}" for problem in problems]
-    lines.append(f"{count:,} chunks read, {len(problems):,} missing or damaged" + ("" if problems else ": all intact"))
-    facts = {"n_chunks": count, "n_problems": len(problems), "problems": [asdict(problem) for problem in problems]}
-    return Outcome("\n".join(lines), facts, DataError.exit_status if problems else 0)
+        found = run(data, memory_limit=memory_limit, progress=progress)
+    facts = {**asdict(found), "n_problems": len(found.problems)}
+    return Outcome(str(found), facts, DataError.exit_status if found.problems else 0)
 
 
 @command
@@ -202,11 +200,12 @@ def fit(
 ) -> Outcome:
     """Fit a linear model to every row, in one pass, and print its coefficients."""
     from streamlr.api import fit as run
-    from streamlr.files import check_output
+    from streamlr.passes.write import check_apart
 
-    if out is not None:
-        check_output(out, overwrite=overwrite)  # before the pass, not after it
     dataset = _open(data, target, features, weights, missing, allow_missing_chunks)
+    if out is not None:  # before the pass, not after it
+        check_output(out, overwrite=overwrite)
+        check_apart(dataset, out)
     with _workers(threads), _progress() as progress:
         model = run(
             dataset,
@@ -274,8 +273,39 @@ def predict(
 
 
 def main() -> None:
-    """Run the command line."""
-    app()
+    """Run the command line; Ctrl-C and SIGTERM end it, wherever it is, by an exception that lets everybody tidy up."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as a shell leaves it for commands in the background
+            signal.signal(number, _stop)
+    try:
+        app()
+    except Stopped as stop:
+        raise SystemExit(stop.exit_status) from None
+    except OSError as error:  # the help, printed by typer to a full disk
+        _print(f"error: {error}", err=True)
+        _silence(sys.stdout)
+        raise SystemExit(ResourceError.exit_status) from None
+
+
+def _stop(number: int, _: Any) -> None:
+    signal.signal(number, signal.SIG_IGN)  # the same once more, as impatience has it, must not cut the tidying short
+    raise Stopped(number)
+
+
+def _print(text: str, *, err: bool = False) -> None:
+    """Print, even if nobody reads it; but what was asked for and cannot be written ends the process with status 5."""
+    try:
+        typer.echo(text, err=err)
+    except OSError as error:
+        _silence(sys.stderr if err else sys.stdout)
+        if not err and not isinstance(error, BrokenPipeError):
+            _print(f"error: the output cannot be written: {error}", err=True)
+            raise SystemExit(ResourceError.exit_status) from error
+
+
+def _silence(stream: Any) -> None:
+    """Lead a stream that cannot be written nowhere: what is still in its buffer would fail once more at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _open(data: str, target: str | None, features: str | None, weights: str | None, missing: str, allow: bool) -> Any:
@@ -312,7 +342,7 @@ def _failure(error: BaseException, status: int) -> Outcome:
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    typer.echo(f"warning: {message}", err=True)
+    _print(f"warning: {message}", err=True)
 
 
 if __name__ == "__main__":

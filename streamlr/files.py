@@ -5,10 +5,10 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import math
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from math import isfinite
@@ -19,6 +19,7 @@ from streamlr.errors import BadFile, OutputExists, PathNotFound
 
 MAX_JSON_BYTES = 256 * 2**20
 STORE_MARKS = ("zarr.json", ".zgroup", ".zarray")  # one of these makes a folder a zarr store
+FILE, STORE, EMPTY = "a file", "a zarr store", "an empty folder"
 TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR)  # what a rename or link onto something ends with
 NO_LINKS = (errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.ENOSYS)  # and a link on a file system without hard links
 
@@ -65,10 +66,7 @@ def publish(target: str | os.PathLike[str], *, overwrite: bool = False, folder: 
         _flush(beside)
         check_output(target, overwrite=overwrite, folder=folder)
         try:
-            if beside.is_dir():
-                _place_folder(beside, place, overwrite)
-            else:
-                _place_file(beside, place, overwrite)
+            (_place_folder if folder else _place_file)(beside, place, overwrite)
         except OSError as error:
             if error.errno not in TAKEN:
                 raise
@@ -87,21 +85,9 @@ def check_output(target: str | os.PathLike[str], *, overwrite: bool, folder: boo
         return
     if not overwrite:
         raise OutputExists(f"{target} already exists; choose another path, or ask for overwrite to replace it")
-    if not os.path.lexists(place):  # a link to a place that is free
-        return
-    if place.is_dir():
-        is_store = any((place / mark).is_file() for mark in STORE_MARKS)
-        if folder and (is_store or not any(place.iterdir())):
-            return
-        found = "a zarr store" if is_store else "a folder with other files"
-    elif place.is_file():
-        if not folder:
-            return
-        found = "a file"
-    else:
-        found = "neither a file nor a folder"
-    wanted = "a zarr store or an empty folder" if folder else "a file"
-    raise OutputExists(f"{target} is {found}, and overwrite replaces only {wanted}; choose another path")
+    found, replaced = _kind(place), (STORE, EMPTY) if folder else (FILE,)
+    if found is not None and found not in replaced:
+        raise OutputExists(f"{target} is {found}, and overwrite replaces only {' or '.join(replaced)}; choose another path")
 
 
 def digest(value: Any) -> str:
@@ -131,21 +117,6 @@ def to_json(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [to_json(one) for one in value]
     return None if isinstance(value, float) and not isfinite(value) else value
-
-
-def without_nan(value: Any) -> Any:
-    """Return a JSON value with null for every number that is not finite, which JSON does not have.
-
-    Examples
-    --------
-    >>> without_nan({"r2": float("-inf"), "mse": [1.5, float("nan")]})
-    {'r2': None, 'mse': [1.5, None]}
-    """
-    if isinstance(value, dict):
-        return {key: without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_json(path: str | os.PathLike[str], kind: str, version: int, content: dict[str, Any], *, overwrite: bool) -> None:
@@ -190,6 +161,20 @@ def read_json(path: str | os.PathLike[str], kind: str, version: int) -> dict[str
     return body
 
 
+def _kind(place: Path) -> str | None:
+    """Say what is at a path that is no link; None where there is nothing, or nothing any more."""
+    try:
+        mode = os.lstat(place).st_mode
+        if not stat.S_ISDIR(mode):
+            return FILE if stat.S_ISREG(mode) else "neither a file nor a folder"
+        if any((place / mark).is_file() for mark in STORE_MARKS):
+            return STORE
+        with os.scandir(place) as entries:
+            return EMPTY if next(entries, None) is None else "a folder with other files"
+    except FileNotFoundError:
+        return None
+
+
 def _neighbour(place: Path, role: str) -> Path:
     return place.with_name(f".{place.name}.{role}-{secrets.token_hex(4)}")
 
@@ -215,11 +200,12 @@ def _place_folder(beside: Path, place: Path, overwrite: bool) -> None:
             with suppress(FileNotFoundError):  # nothing is there to be replaced
                 os.rename(place, retired)
         os.rename(beside, place)
-    finally:  # Ctrl-C too: either the new or the old folder is there
-        if os.path.lexists(place):
-            _remove(retired)
-        elif os.path.lexists(retired):
+    finally:  # also on Ctrl-C: the old folder goes back, which the system refuses when the new one, or another's, is there
+        try:
             os.rename(retired, place)
+        except OSError as error:
+            if error.errno in TAKEN:
+                _remove(retired)
 
 
 def _remove(path: Path) -> None:

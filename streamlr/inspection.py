@@ -4,24 +4,93 @@ from __future__ import annotations
 
 import os
 import random
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
 import numpy as np
 import zarr
 
-from streamlr.dataset.blocks import format_bytes
+from streamlr.api import plan
+from streamlr.dataset.blocks import Plan, format_bytes
 from streamlr.dataset.codecs import chunk_codec
 from streamlr.dataset.integrity import chunk_key, file_status, local_root, read_seal
-from streamlr.dataset.opening import open_node
+from streamlr.dataset.opening import open_dataset, open_node
 from streamlr.dataset.zarr_rows import ZarrRows
-from streamlr.errors import StreamlrError
+from streamlr.errors import ChunkCorrupt, DataError, StoreIncomplete, StreamlrError, UsageError
+from streamlr.passes.memory import parse_bytes
 from streamlr.passes.progress import Callback
 from streamlr.passes.verify import Problem, verify_chunks
 
 ALL_CHUNKS = 10_000  # up to so many, `inspect` looks at each; beyond, at a sample of SAMPLE
 SAMPLE = 1_000
+
+
+@dataclass(frozen=True, slots=True)
+class StoreFacts:
+    """A store: its arrays, and what a fit would make of them.
+
+    Attributes
+    ----------
+    arrays : list of ArrayFacts
+        All that the store holds.
+    plan : Plan or None
+        Of a fit by the recommended solver; None where there can be none.
+    no_plan : StreamlrError or None
+        Why there is none.
+    n_missing : int
+        Chunks that a fit would look for and that are absent or empty; without a plan, those of every array.
+    """
+
+    arrays: list[ArrayFacts]
+    plan: Plan | None
+    no_plan: StreamlrError | None
+    n_missing: int
+
+    @property
+    def exit_status(self) -> int:
+        """What the command line returns: a store that does not say which arrays are the features is no failure."""
+        if self.n_missing:
+            return DataError.exit_status
+        return 0 if self.no_plan is None or isinstance(self.no_plan, UsageError) else self.no_plan.exit_status
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the facts as JSON values."""
+        facts: dict[str, Any] = {"arrays": [asdict(array) for array in self.arrays], "n_missing": self.n_missing}
+        if self.plan is None:
+            return {**facts, "plan": None, "recommended_solver": None, "no_plan": str(self.no_plan)}
+        return {**facts, "plan": asdict(self.plan), "recommended_solver": self.plan.solver}
+
+    def __str__(self) -> str:
+        lines = [str(array) for array in self.arrays]
+        if self.plan is not None:
+            lines += ["", f"recommended solver: {self.plan.solver}", str(self.plan)]
+        return "\n".join(lines if self.no_plan is None else [*lines, "", f"no plan: {self.no_plan}"])
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """What `verify` found.
+
+    Attributes
+    ----------
+    n_chunks : int
+        Chunks read.
+    problems : list of Problem
+        Those that are missing or damaged.
+    not_checked : dict of str to str
+        Arrays that are not made of rows of numbers, and so were not read, with the reason.
+    """
+
+    n_chunks: int
+    problems: list[Problem]
+    not_checked: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{problem.kind}: {problem.message}" for problem in self.problems]
+        lines += [f"not checked: {reason}" for reason in self.not_checked.values()]
+        found = f"{self.n_chunks:,} chunks read, {len(self.problems):,} missing or damaged"
+        return "\n".join([*lines, found if self.problems else f"{found}: all intact"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,31 +134,43 @@ class ArrayFacts:
         return "\n".join(lines if self.problem is None else [*lines, f"  cannot be fitted: {self.problem}"])
 
 
-def inspect_store(path: str | os.PathLike[str]) -> list[ArrayFacts]:
-    """Describe every array of a store from its metadata and a look for its chunks; no chunk is read.
+def inspect_store(path: str | os.PathLike[str], *, memory_limit: int | str | None = None) -> StoreFacts:
+    """Describe a store from its metadata and a look for its chunks, and plan a fit; no chunk is read.
 
     Parameters
     ----------
     path : path
         A zarr array or group.
+    memory_limit : int, str or None
+        What the plan has to keep.
 
     Raises
     ------
     PathNotFound, UsageError, DataError
-        As for `open_dataset`.
+        Nothing there can be opened, or the memory limit is no size.
     """
-    node = open_node(path)
-    arrays = sorted(node.arrays()) if isinstance(node, zarr.Group) else [(node.basename or "X", node)]
-    return [_facts(name, array) for name, array in arrays]
+    if memory_limit is not None:
+        parse_bytes(memory_limit)  # a mistake of the caller, not of the store
+    arrays = [_facts(name, array) for name, array in _arrays(open_node(path)).items()]
+    read, planned, no_plan = {array.name for array in arrays}, None, None
+    try:
+        dataset = open_dataset(path)
+        read = {rows.label for rows in dataset.arrays}
+        planned = plan(dataset, memory_limit=memory_limit)
+    except StreamlrError as error:
+        no_plan = error
+    return StoreFacts(arrays, planned, no_plan, sum(array.n_missing for array in arrays if array.name in read))
 
 
-def verify(path: str | os.PathLike[str], *, progress: Callback | None = None) -> tuple[int, list[Problem]]:
-    """Read every chunk of every array of a store, and return how many there are and what is wrong with which.
+def verify(path: str | os.PathLike[str], *, memory_limit: int | str | None = None, progress: Callback | None = None) -> Verified:
+    """Read every chunk of every array of numbers in a store.
 
     Parameters
     ----------
     path : path
         A zarr array or group.
+    memory_limit : int, str or None
+        Bytes, or a text such as "2GB"; None for most of what this process may use.
     progress : callable, optional
         Called with an `Event` at every chunk.
 
@@ -97,14 +178,29 @@ def verify(path: str | os.PathLike[str], *, progress: Callback | None = None) ->
     ------
     StoreIncomplete
         The store was never finished, or its manifest or metadata were altered.
+    MemoryLimitExceeded
+        A row of chunks does not fit.
     PathNotFound, UsageError, DataError
-        As for `open_dataset`.
+        As for `open_dataset`; also where no array at all can be checked.
     """
     node = open_node(path)
-    arrays = dict(sorted(node.arrays())) if isinstance(node, zarr.Group) else {node.basename or "X": node}
     sealed = read_seal(node) if isinstance(node, zarr.Group) else None
-    rows = [ZarrRows(array, name, checksums=sealed.chunks.get(name) if sealed else None) for name, array in arrays.items()]
-    return verify_chunks(rows, progress)
+    rows, refused = [], {}
+    for name, array in _arrays(node).items():
+        try:
+            rows.append(ZarrRows(array, name, checksums=sealed.chunks.get(name) if sealed else None))
+        except StoreIncomplete:
+            raise
+        except DataError as error:
+            refused[name] = error
+    if not rows:
+        raise next(iter(refused.values()), UsageError(f"{path} is a group without arrays; give the path of one that has some"))
+    count, problems = verify_chunks(rows, progress, memory_limit)
+    return Verified(count, problems, {name: str(error) for name, error in refused.items()})
+
+
+def _arrays(node: zarr.Group | zarr.Array[Any]) -> dict[str, zarr.Array[Any]]:
+    return dict(sorted(node.arrays())) if isinstance(node, zarr.Group) else {node.basename or "X": node}
 
 
 def _facts(name: str, array: zarr.Array[Any]) -> ArrayFacts:
@@ -121,7 +217,10 @@ def _facts(name: str, array: zarr.Array[Any]) -> ArrayFacts:
     if root is not None:
         for number in chosen:
             position = tuple(map(int, np.unravel_index(number, grid)))
-            status = file_status(root / chunk_key(array, position), name)
+            try:
+                status = file_status(root / chunk_key(array, position), name)
+            except ChunkCorrupt:  # something else stands where the chunk should be
+                status = None
             missing += status is None or status.st_size == 0
     problem, checksums = None, False
     try:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import zarr
 
+import streamlr
 from streamlr.dataset.ingest import ingest
 
 DATA = Path(__file__).parent / "data"
@@ -93,8 +94,6 @@ def test_help_names_every_command_and_the_exit_status():
 
 
 def test_fit_prints_one_json_object_with_exact_numbers(store, tmp_path):
-    import streamlr
-
     status, facts = run_json("fit", store, "--out", tmp_path / "m.json")
     model = streamlr.fit(streamlr.open_dataset(store))
     assert status == 0
@@ -226,28 +225,150 @@ def test_existing_outputs_stay_without_overwrite(store, tmp_path):
     assert run("predict", model, store, out, "--overwrite").returncode == 0
 
 
-def test_ctrl_c_ends_a_fit_within_two_seconds(tmp_path):
-    group = zarr.open_group(tmp_path / "slow.zarr", mode="w")
-    # one stored chunk, read a thousand times by a thousand names: long to fit, quick to write
+def test_overwriting_destroys_nothing_but_an_output(foreign, store, tmp_path):
+    model = tmp_path / "m.json"
+    assert run("fit", foreign, "--out", model).returncode == 0
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "diary").write_text("dear")
+    (tmp_path / "link").symlink_to(foreign)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for arguments, says in (
+        (["predict", model, foreign, foreign], "which is read"),
+        (["predict", model, foreign, tmp_path / "link"], "which is read"),
+        (["predict", model, foreign / "X", foreign], "which is read"),
+        (["predict", model, foreign, foreign / "out.zarr"], "which is read"),
+        (["predict", model, foreign, tmp_path / "precious"], "a folder with other files"),
+        (["predict", model, foreign, model], "is a file"),
+        (["fit", foreign, "--out", foreign], "is a zarr store"),
+        (["fit", foreign, "--out", store], "is a zarr store"),
+        (["fit", foreign, "--out", foreign / "zarr.json"], "which is read"),
+    ):
+        done = run(*arguments, "--overwrite")
+        assert (done.returncode, done.stdout) == (2, "")
+        assert says in done.stderr
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory):
+    """One stored chunk, read a thousand times by a thousand names: long to fit, quick to write."""
+    path = tmp_path_factory.mktemp("slow") / "slow.zarr"
+    group = zarr.open_group(path, mode="w")
     x = group.create_array("X", shape=(40_000_000, 20), chunks=(40_000, 20), dtype="float64", compressors=None)
     y = group.create_array("y", shape=(40_000_000,), chunks=(40_000,), dtype="float64", compressors=None)
     block = np.random.default_rng(0).normal(size=(40_000, 20))
     x[:40_000], y[:40_000] = block, block[:, 0]
     for number in range(1, 1000):
-        (tmp_path / f"slow.zarr/X/c/{number}").mkdir()
-        (tmp_path / f"slow.zarr/X/c/{number}/0").hardlink_to(tmp_path / "slow.zarr/X/c/0/0")
-        (tmp_path / f"slow.zarr/y/c/{number}").hardlink_to(tmp_path / "slow.zarr/y/c/0")
-    command = [sys.executable, "-m", "streamlr.cli", "fit", str(tmp_path / "slow.zarr"), "--out", str(tmp_path / "m.json")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        (path / f"X/c/{number}").mkdir()
+        (path / f"X/c/{number}/0").hardlink_to(path / "X/c/0/0")
+        (path / f"y/c/{number}").hardlink_to(path / "y/c/0")
+    return path
+
+
+@pytest.mark.parametrize(("stop", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("command", ["fit", "predict"])
+def test_a_signal_ends_a_pass_within_two_seconds(slow, tmp_path, command, stop, status):
+    out = tmp_path / "out"
+    arguments = ["fit", slow, "--out", out]
+    if command == "predict":
+        x = np.random.default_rng(0).normal(size=(50, 20))
+        streamlr.fit(streamlr.Dataset(x, x[:, 0])).save(tmp_path / "m.json")
+        arguments = ["predict", tmp_path / "m.json", slow, out]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "streamlr.cli", *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     time.sleep(2.5)
-    assert process.poll() is None, "the fit was over before it could be interrupted"
-    process.send_signal(signal.SIGINT)
+    assert process.poll() is None, "the pass was over before it could be stopped"
+    process.send_signal(stop)
     began = time.monotonic()
+    time.sleep(0.05)
+    process.send_signal(stop)  # impatience does not cut the tidying short
     _, stderr = process.communicate(timeout=20)
     assert time.monotonic() - began < 2
-    assert process.returncode == 130
-    assert "interrupted" in stderr
-    assert not list(tmp_path.glob("*m.json*"))
+    assert process.returncode == status
+    assert stderr == "error: interrupted; nothing was left half-written\n"
+    assert not list(tmp_path.glob("*out*"))
+
+
+@pytest.mark.parametrize(("stop", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
+@pytest.mark.parametrize("module", ["typer", "streamlr.api", "zarr", "rich.table"])
+def test_a_signal_during_the_imports_is_quiet(store, module, stop, status):
+    if (module, stop) == ("typer", "SIGTERM"):
+        status = -signal.SIGTERM  # nobody minds it yet, and nothing was begun
+    code = f"""
+import os, signal, sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            os.kill(os.getpid(), signal.{stop})
+sys.meta_path.insert(0, Finder())
+from streamlr.cli import main
+main()
+"""
+    arguments = ["--help"] if module == "rich.table" else ["fit", str(store)]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60)
+    assert done.returncode == status
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize("arguments", [["fit", "{store}"], ["fit", "{store}", "--json"], ["verify", "{store}"], ["--help"]])
+def test_output_that_cannot_be_written_ends_with_status_5(store, arguments):
+    command = [sys.executable, "-m", "streamlr.cli", *[argument.format(store=store) for argument in arguments]]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+        silent = subprocess.run(command, stdout=full, stderr=full, timeout=60)
+    assert done.returncode == silent.returncode == 5
+    assert "No space left" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("command", "status"), [("fit", 0), ("verify", 3)])
+def test_a_reader_that_goes_away_is_no_error(store, command, status):
+    zarr.open_group(store).create_array("unwritten", shape=(10,), chunks=(10,), dtype="f8")
+    arguments = [sys.executable, "-m", "streamlr.cli", command, str(store)]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == status
+
+
+def test_numbers_that_json_lacks_are_null(tmp_path):
+    x = np.arange(10.0)
+    streamlr.fit(streamlr.Dataset(x[:, None], x)).save(tmp_path / "m.json")
+    group = zarr.open_group(tmp_path / "s.zarr", mode="w")
+    group.create_array("X", data=x[:, None])
+    group.create_array("y", data=np.full(10, 3e200))  # the square of its residuals is beyond float64, and it has no variance
+    status, cost = run_json("evaluate", tmp_path / "m.json", tmp_path / "s.zarr")
+    assert (status, cost["n"]) == (0, 10)
+    assert cost["mse"] is None
+    assert cost["mae"] == pytest.approx(3e200)
+
+
+def test_inspect_takes_its_status_from_what_a_fit_would_meet(foreign):
+    text = run("inspect", foreign).stdout
+    assert "recommended solver: normal" in text
+    zarr.open_group(foreign).create_array("log", shape=(50,), chunks=(10,), dtype="f8")
+    status, facts = run_json("inspect", foreign)
+    assert (status, facts["recommended_solver"], facts["n_missing"]) == (0, "normal", 0)
+    assert [array["n_missing"] for array in facts["arrays"]] == [0, 5, 0]
+    status, facts = run_json("inspect", foreign, "--memory-limit", "1MB")
+    assert (status, facts["plan"]) == (5, None)
+    assert "the limit is 1.0 MB" in facts["no_plan"]
+    assert run("inspect", foreign, "--memory-limit", "lots").returncode == 2
+    zarr.open_group(foreign).attrs["streamlr"] = {"complete": False}
+    status, facts = run_json("inspect", foreign)
+    assert status == 3
+    assert "never finished" in facts["no_plan"]
+
+
+def test_verify_says_what_it_did_not_check(foreign):
+    zarr.open_group(foreign).create_array("cube", data=np.zeros((2, 2, 2)))
+    status, facts = run_json("verify", foreign)
+    assert (status, facts["n_chunks"], facts["n_problems"]) == (0, 20, 0)
+    assert "3 dimensions" in facts["not_checked"]["cube"]
+    assert "not checked: array 'cube' has 3 dimensions" in run("verify", foreign).stdout
+    assert run("verify", foreign, "--memory-limit", "1MB").returncode == 5
 
 
 def test_the_demo_reproduces_the_reference_to_eleven_digits(tmp_path):

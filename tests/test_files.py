@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import threading
@@ -18,6 +19,7 @@ from streamlr.files import check_output, digest, publish, read_json, write_json
 def fill(path: Path, folder: bool, text: str = "new") -> None:
     if folder:
         (path / "inner").mkdir(parents=True)
+        (path / "zarr.json").write_text("{}")
         (path / "inner" / "file").write_text(text)
     else:
         path.write_text(text)
@@ -33,7 +35,7 @@ FOLDER = pytest.mark.parametrize("folder", [False, True], ids=["file", "folder"]
 @FOLDER
 def test_a_target_appears_when_it_is_complete(tmp_path: Path, folder: bool):
     target = tmp_path / "target"
-    with publish(target) as beside:
+    with publish(target, folder=folder) as beside:
         assert beside.parent == tmp_path
         fill(beside, folder)
         assert not target.exists()
@@ -50,7 +52,7 @@ def test_an_exception_leaves_what_was_there(tmp_path: Path, folder: bool, existi
         fill(target, folder, "old")
 
     def interrupted() -> None:
-        with publish(target, overwrite=True) as beside:
+        with publish(target, overwrite=True, folder=folder) as beside:
             fill(beside, folder)
             raise error
 
@@ -64,23 +66,85 @@ def test_an_exception_leaves_what_was_there(tmp_path: Path, folder: bool, existi
 def test_a_target_that_exists_is_kept_unless_it_may_be_replaced(tmp_path: Path, folder: bool):
     target = tmp_path / "target"
     fill(target, folder, "old")
-    with pytest.raises(OutputExists, match="overwrite"), publish(target) as beside:
+    with pytest.raises(OutputExists, match="overwrite"), publish(target, folder=folder) as beside:
         fill(beside, folder)
     assert content(target) == "old"
-    with publish(target, overwrite=True) as beside:
+    with publish(target, overwrite=True, folder=folder) as beside:
         fill(beside, folder)
         assert content(target) == "old"
     assert content(target) == "new"
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_a_folder_replaces_a_file_and_a_file_a_folder(tmp_path: Path):
-    target = tmp_path / "target"
-    for folder in (False, True, False):
-        with publish(target, overwrite=True) as beside:
-            fill(beside, folder)
-        assert target.is_dir() == folder
-        assert content(target) == "new"
+def test_a_thing_of_another_kind_is_never_replaced(tmp_path: Path):
+    fill(tmp_path / "file", False, "old")
+    fill(tmp_path / "store", True, "old")
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "diary").write_text("old")
+    (tmp_path / "empty").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    before = sorted(tmp_path.rglob("*"))
+    refused = [("file", True, "is a file"), ("store", False, "is a zarr store"), ("precious", True, "other files")]
+    refused += [
+        ("precious", False, "other files"),
+        ("empty", False, "folder"),
+        ("pipe", False, "neither"),
+        ("pipe", True, "neither"),
+    ]
+    for name, folder, what in refused:
+        with pytest.raises(OutputExists, match=what), publish(tmp_path / name, overwrite=True, folder=folder):
+            pytest.fail("checked before the writing")
+    assert sorted(tmp_path.rglob("*")) == before
+    with publish(tmp_path / "empty", overwrite=True, folder=True) as beside:
+        fill(beside, True)
+    assert content(tmp_path / "empty") == "new"
+
+
+@pytest.mark.parametrize("mark", ["zarr.json", ".zgroup", ".zarray"])
+def test_every_zarr_store_may_be_replaced(tmp_path: Path, mark: str):
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / mark).write_text("{}")
+    with publish(tmp_path / "store", overwrite=True, folder=True) as beside:
+        fill(beside, True)
+    assert content(tmp_path / "store") == "new"
+
+
+@FOLDER
+@pytest.mark.parametrize("dangling", [False, True])
+def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path: Path, folder: bool, dangling: bool):
+    (tmp_path / "there").mkdir()
+    link, real = tmp_path / "link", tmp_path / "there" / "real"
+    link.symlink_to(real)
+    if not dangling:
+        fill(real, folder, "old")
+    with pytest.raises(OutputExists), publish(link, folder=folder):
+        pytest.fail("checked before the writing")
+    with publish(link, overwrite=True, folder=folder) as beside:
+        fill(beside, folder)
+    assert link.is_symlink()
+    assert content(real) == "new"
+    assert list((tmp_path / "there").iterdir()) == [real]
+
+
+@pytest.mark.parametrize("at", [1, 2])
+@pytest.mark.parametrize("done", [False, True], ids=["before", "after"])
+def test_a_replacement_that_is_interrupted_leaves_the_old_or_the_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int, done: bool
+):
+    target, renamed, rename = tmp_path / "target", [], os.rename
+    fill(target, True, "old")
+
+    def interrupted(source: Path, destination: Path) -> None:
+        renamed.append(source)
+        if len(renamed) != at or done:
+            rename(source, destination)
+        if len(renamed) == at:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(files.os, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), publish(target, overwrite=True, folder=True) as beside:
+        fill(beside, True)
+    assert content(target) == ("new" if at == 2 and done else "old")
     assert list(tmp_path.iterdir()) == [target]
 
 
@@ -99,19 +163,52 @@ def test_a_target_that_appears_meanwhile_is_not_replaced(tmp_path: Path):
 
 
 @FOLDER
-def test_of_several_that_publish_at_once_one_is_there_whole(tmp_path: Path, folder: bool):
+@pytest.mark.parametrize("links", [False, True], ids=["no links", "links"])
+def test_what_is_written_between_the_check_and_the_naming_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: bool, links: bool
+):
+    target, check = tmp_path / "target", files.check_output
+
+    def then_another_writes(*arguments: Any, **options: Any) -> None:
+        check(*arguments, **options)
+        if [path for path in tmp_path.iterdir() if path.name.startswith(".target.partial")]:
+            fill(target, folder, "theirs")
+
+    def no_link(*_: Any) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(files, "check_output", then_another_writes)
+    if not links:
+        monkeypatch.setattr(files.os, "link", no_link)
+    with pytest.raises(OutputExists, match="meanwhile"), publish(target, folder=folder) as beside:
+        fill(beside, folder)
+    assert content(target) == "theirs"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_files_are_written_where_there_are_no_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def no_link(*_: Any) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(files.os, "link", no_link)
+    with publish(tmp_path / "target") as beside:
+        fill(beside, False)
+    assert content(tmp_path / "target") == "new"
+    assert list(tmp_path.iterdir()) == [tmp_path / "target"]
+
+
+@FOLDER
+@pytest.mark.parametrize("overwrite", [False, True], ids=["keep", "overwrite"])
+def test_of_several_that_publish_at_once_one_is_there_whole(tmp_path: Path, folder: bool, overwrite: bool):
     target = tmp_path / "target"
     start, failed = threading.Barrier(8), []
 
     def one(number: int) -> None:
         start.wait()
         try:
-            with publish(target, overwrite=not folder) as beside:
+            with publish(target, overwrite=overwrite, folder=folder) as beside:
                 fill(beside, folder, str(number) * 1000)
         except OutputExists:
-            failed.append(number)
-        except OSError:  # renaming a folder onto a full one is refused by the system
-            assert folder
             failed.append(number)
 
     threads = [threading.Thread(target=one, args=(number,)) for number in range(8)]
@@ -121,28 +218,28 @@ def test_of_several_that_publish_at_once_one_is_there_whole(tmp_path: Path, fold
         thread.join()
     text = content(target)
     assert text == text[0] * 1000
-    assert len(failed) < 8
+    assert len(failed) < 8 if overwrite else len(failed) == 7
     assert int(text[0]) not in failed
     assert list(tmp_path.iterdir()) == [target]
 
 
 def test_everything_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     target, events = tmp_path / "target", []
-    fsync, replace = os.fsync, os.replace
+    fsync, link = os.fsync, os.link
 
     def noting_fsync(descriptor: int) -> None:
         events.append("flushed")
         fsync(descriptor)
 
-    def noting_replace(source: Any, destination: Any) -> None:
-        events.append("renamed")
-        replace(source, destination)
+    def noting_link(source: Any, destination: Any) -> None:
+        events.append("named")
+        link(source, destination)
 
     monkeypatch.setattr(files.os, "fsync", noting_fsync)
-    monkeypatch.setattr(files.os, "replace", noting_replace)
+    monkeypatch.setattr(files.os, "link", noting_link)
     with publish(target) as beside:
         fill(beside, False)
-    assert events == ["flushed", "renamed", "flushed"]  # the file, its name, the folder that holds the name
+    assert events == ["flushed", "named", "flushed"]  # the file, its name, the folder that holds the name
 
 
 def test_a_failing_rename_leaves_the_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import bz2
+import errno
 import json
 import lzma
+import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ from numpy.typing import NDArray
 from zarr.buffer import default_buffer_prototype
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, GzipCodec, ZstdCodec
 
-from streamlr.errors import ChunkCorrupt
+from streamlr.errors import ChunkCorrupt, MemoryLimitExceeded
 
 Stored = bytes | memoryview
 ABSENT = 2**64 - 1  # what a shard's index says of an inner chunk that was never written
@@ -75,12 +77,15 @@ class ChunkCodec:
         ------
         ChunkCorrupt
             A checksum differs, the bytes cannot be decompressed, or they are too few or too many; `describe` names the chunk.
+        MemoryLimitExceeded
+            There was no memory to decompress it.
         """
         data: Any = stored
         try:
             for step in self.steps:
                 data = _check_crc32c(data) if isinstance(step, Crc32cCodec) else _decompress(step, data, out)
-        except Exception as error:  # numcodecs and its C libraries raise what they like; whatever it is, this chunk is damaged
+        except Exception as error:  # numcodecs and its C libraries raise what they like; but for memory, this chunk is damaged
+            check_memory(error, describe(), self.nbytes)
             raise ChunkCorrupt(f"{describe()} cannot be decoded: {error}; restore it from its source") from error
         found = memoryview(data).nbytes
         if found != self.nbytes:
@@ -125,17 +130,19 @@ class ZarrCodec:
             document["codecs"] = document["codecs"][0]["configuration"]["codecs"]
         self._stored: dict[str, Any] = {name: _as_buffer(json.dumps(document).encode())}
         self._one = zarr.open_array(zarr.storage.MemoryStore(self._stored), mode="r")
+        self._nbytes = math.prod(array.chunks) * array.dtype.itemsize
         self._key = self._one.metadata.encode_chunk_key((0,) * array.ndim)
 
     def decode(self, stored: Stored, describe: Callable[[], str]) -> NDArray[Any]:
-        """Decode `stored` and return an array of the shape of a chunk, or raise `ChunkCorrupt`."""
-        self._stored[self._key] = _as_buffer(bytes(stored))
+        """Decode `stored` and return an array of the shape of a chunk, or raise `ChunkCorrupt` or `MemoryLimitExceeded`."""
         try:
+            self._stored[self._key] = _as_buffer(bytes(stored))
             return np.asarray(self._one[...])
         except Exception as error:  # any codec may fail in its own way; the chunk is named, the cause kept
+            check_memory(error, describe(), self._nbytes)
             raise ChunkCorrupt(f"{describe()} cannot be decoded: {error}; restore it from its source") from error
         finally:
-            del self._stored[self._key]
+            self._stored.pop(self._key, None)
 
 
 def _as_buffer(data: bytes) -> Any:
@@ -180,6 +187,16 @@ def shard_index(array: zarr.Array[Any]) -> ShardIndex | None:
         return None
     shape = tuple(shard // chunk for shard, chunk in zip(array.shards, array.chunks, strict=True))
     return ShardIndex(shape, _word(codec.index_location) == "end", len(codec.index_codecs) > 1)
+
+
+def check_memory(error: Exception, chunk: str, nbytes: int) -> None:
+    """Raise `MemoryLimitExceeded` if `error` says that memory ran out, which is no fault of the chunk of `nbytes` decoded bytes."""
+    refused = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+    if refused or "not enough memory" in str(error):  # the latter is zstd's
+        raise MemoryLimitExceeded(
+            f"{chunk} ({nbytes:,} bytes decoded) did not fit in memory: {error or type(error).__name__}; run fewer tasks at once "
+            "(--threads), give the process more memory, or rewrite the store with smaller chunks"
+        ) from error
 
 
 def _word(value: Any) -> Any:

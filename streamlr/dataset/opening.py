@@ -102,6 +102,9 @@ def open_node(source: Any) -> zarr.Group | zarr.Array[Any]:
         raise UsageError(f"{source} is no zarr array or group: it holds no zarr.json, .zarray or .zgroup") from error
     except OSError as error:
         raise DataError(f"{source} cannot be read: {error}") from error
+    except ImportError as error:  # fsspec's own, which says less than the one that it wraps
+        package = (error.name or getattr(error.__cause__, "name", None) or "fsspec").split(".")[0]
+        raise UsageError(f"reading {source} needs a package that is not installed ({error}); pip install {package}") from error
     except Exception as error:  # metadata that do not parse raise whatever their parser raises
         raise StoreIncomplete(f"the metadata of {source} cannot be understood ({error}); restore its zarr.json") from error
 
@@ -153,6 +156,9 @@ class _Catalogue:
             rows, names = self._named(name, "target")
             rows_found.append(rows)
             names_found += names
+        twice = {name for name in names_found if names_found.count(name) > 1}
+        if twice:
+            raise UsageError(f"the target {min(twice)!r} is named twice; name each once")
         return rows_found, names_found
 
     def weights(self, wanted: str | None) -> Rows | None:
@@ -182,7 +188,7 @@ class _Catalogue:
 
     def _matrix(self, name: str, taken: set[str]) -> tuple[list[Rows], list[str]]:
         names = self.column_names[name]
-        positions = [j for j, column in enumerate(names) if column not in taken or (name, j) not in self.columns[column]]
+        positions = [j for j, column in enumerate(names) if column not in taken]
         columns = None if len(positions) == len(names) else tuple(positions)
         return [self._rows(name, columns)], [names[j] for j in positions]
 

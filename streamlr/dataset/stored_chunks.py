@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from zarr.core.sync import sync  # stores are bound to zarr's own event loop, an
 from zarr.storage import LocalStore
 
 from streamlr.dataset.buffers import Buffer
-from streamlr.dataset.codecs import ABSENT, ShardIndex, shard_index
+from streamlr.dataset.codecs import ABSENT, ShardIndex, check_memory, shard_index
 from streamlr.dataset.integrity import CHECKSUM_BYTES, chunk_key, describe_chunk, local_root
 from streamlr.errors import ChunkCorrupt, ChunkMissing, DataError
 
@@ -54,6 +55,8 @@ class StoredChunks:
             The chunk, or its shard, is there but empty.
         ChunkCorrupt
             It cannot be read, is cut short inside its shard, or is another than the manifest says.
+        MemoryLimitExceeded
+            There was no memory to read it.
         """
         stored = (
             self._whole(position, buffer) if self.array.shards is None else self._from_shard(position, self.array.shards, buffer)
@@ -111,6 +114,8 @@ class StoredChunks:
             except (FileNotFoundError, NotADirectoryError):
                 return None
             except Exception as error:  # remote stores raise what their clients raise
+                nbytes = math.prod(self.array.chunks) * self.array.dtype.itemsize
+                check_memory(error, f"{key!r} of array {self.label!r}", nbytes)
                 pause = next(pauses, None)
                 if pause is None or isinstance(error, PermissionError | IsADirectoryError):
                     raise ChunkCorrupt(

@@ -111,9 +111,7 @@ def check_apart(dataset: Dataset, output: str | os.PathLike[str]) -> None:
         for root in filter(None, map(local_root, sources)):
             store = root.resolve()
             if place.is_relative_to(store) or store.is_relative_to(place):
-                raise UsageError(
-                    f"the output {output} overlaps with {root}, which is read; write it beside the data, not over them"
-                )
+                raise UsageError(f"the output {output} overlaps with {root}, which is read; write beside the data, not over them")
 
 
 def write_span(dataset: Dataset, span: Span, function: Function, array: zarr.Array[Any], key: str, *lazy: Any) -> Tally:

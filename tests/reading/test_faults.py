@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import os
 import pickle
 import shutil
+import sys
 import tracemalloc
 import warnings
 import zlib
 from pathlib import Path
 from typing import ClassVar
 
+import dask
 import dask.array as da
 import numcodecs
 import numpy as np
@@ -23,6 +26,8 @@ from zarr.storage import MemoryStore, WrapperStore
 
 import streamlr
 from streamlr.dataset import stored_chunks
+from streamlr.dataset.buffers import Buffer
+from streamlr.dataset.codecs import check_memory
 from streamlr.dataset.integrity import seal
 from streamlr.errors import (
     ChunkCorrupt,
@@ -38,6 +43,7 @@ from streamlr.errors import (
     UnsupportedDtype,
     UsageError,
 )
+from streamlr.inspection import verify
 
 N, P, CHUNK = 9_000, 63, 1_000  # tiles of 2,048 rows, so that a pass has five events
 REMEDIES = ("restore", "open", "write it again", "write the store again", "check", "wait", "repair", "mounted")
@@ -515,6 +521,28 @@ class TestOpening:
         with pytest.raises(StreamlrError, match=r"a\.bin"):
             streamlr.open_dataset(tmp_path / "a.bin")
 
+    @pytest.mark.parametrize(("url", "absent"), [("s3://bucket/a.zarr", "s3fs"), ("gs://bucket/a.zarr", "gcsfs")])
+    def test_package_that_is_not_installed(self, monkeypatch, url, absent):
+        pytest.importorskip("fsspec")
+        monkeypatch.setitem(sys.modules, absent, None)
+        with pytest.raises(UsageError, match=f"{url}.*pip install {absent}"):
+            streamlr.open_dataset(url)
+
+    def test_package_that_reads_any_url_is_not_installed(self, monkeypatch):
+        for module in [name for name in sys.modules if name.split(".")[0] == "fsspec"] + ["fsspec"]:
+            monkeypatch.setitem(sys.modules, module, None)
+        with pytest.raises(UsageError, match="pip install fsspec"):
+            streamlr.open_dataset("s3://bucket/a.zarr")
+
+    @pytest.mark.parametrize("target", [["y", "y"], ["x1", "x0", "x1"]])
+    def test_target_named_twice(self, store, target):
+        with pytest.raises(UsageError, match=f"{target[-1]!r} is named twice"):
+            streamlr.open_dataset(store, target=target)
+
+    def test_columns_that_are_targets_or_weights_are_no_features(self, store):
+        dataset = streamlr.open_dataset(store, target=["x1", "y"], weights="x3")
+        assert (dataset.feature_names, dataset.target_names) == (("x0", "x2"), ("x1", "y"))
+
     def test_folder_that_is_no_store(self, tmp_path):
         with pytest.raises(UsageError, match="no zarr array or group"):
             streamlr.open_dataset(tmp_path)
@@ -731,6 +759,71 @@ def test_a_reading_that_fails_for_a_moment_is_repeated(memory, fault):
     store, expected = memory
     for at in range(10):
         assert fit_through(FaultyStore(store, at, fault, times=2)) == expected
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(errno.ENOMEM, "Cannot allocate memory")])
+class TestOutOfMemory:
+    """Memory that runs out is no fault of the chunk: status 5, and not tried again."""
+
+    def expect(self, path: Path) -> None:
+        with pytest.raises(MemoryLimitExceeded, match=r"array 'X'.*\(1,600 bytes decoded\) did not fit.*smaller chunks") as caught:
+            streamlr.fit(streamlr.open_dataset(path))
+        assert caught.value.exit_status == 5
+        with pytest.raises(MemoryLimitExceeded):
+            verify(path)
+
+    def store(self, path: Path, **options) -> Path:
+        x = np.random.default_rng(0).normal(size=(300, 2))
+        return plain_store(path / "s.zarr", x, np.arange(300.0), **options)
+
+    def test_reading_a_file(self, tmp_path, monkeypatch, error):
+        path = self.store(tmp_path)
+
+        def take(buffer, nbytes):
+            raise error
+
+        monkeypatch.setattr(Buffer, "take", take)
+        self.expect(path)
+
+    def test_reading_from_a_store(self, memory, error):
+        class Full(FaultyStore):
+            async def get(self, key, prototype, byte_range=None):
+                if "X/c/" in key:
+                    self.reads += 1
+                    raise error
+                return await super().get(key, prototype, byte_range)
+
+        store = Full(memory[0])
+        with dask.config.set(scheduler="sync"), pytest.raises(MemoryLimitExceeded, match=r"'X/c/0.*of array 'X' \(2,400 bytes"):
+            fit_through(store)
+        assert store.reads == 1
+
+    def test_decompressing(self, tmp_path, monkeypatch, error):
+        path = self.store(tmp_path)
+
+        def decompress(*arguments):
+            raise error
+
+        monkeypatch.setattr("streamlr.dataset.codecs._decompress", decompress)
+        self.expect(path)
+
+    def test_decoding_by_zarr(self, tmp_path, monkeypatch, error):
+        group = zarr.open_group(tmp_path / "s.zarr", mode="w", zarr_format=2)
+        group.create_array("X", data=np.ones((300, 2)), chunks=(100, 2), filters=[numcodecs.CRC32()], compressors=None)
+        group.create_array("y", data=np.arange(300.0))
+
+        def decode(*arguments, **options):
+            raise error
+
+        monkeypatch.setattr(numcodecs.CRC32, "decode", decode)
+        self.expect(tmp_path / "s.zarr")
+
+
+def test_memory_that_zstd_lacks_is_told_from_damage():
+    with pytest.raises(MemoryLimitExceeded):
+        check_memory(RuntimeError("Zstd decompression error: b'Allocation error : not enough memory'"), "chunk 0", 8)
+    check_memory(RuntimeError("Zstd decompression error: b'Data corruption detected'"), "chunk 0", 8)
+    check_memory(OSError(errno.EIO, "Input/output error"), "chunk 0", 8)
 
 
 class TestGraphs:
