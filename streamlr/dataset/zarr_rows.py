@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from zarr.codecs import ShardingCodec
 
 from streamlr.dataset.buffers import Buffer
-from streamlr.dataset.codecs import KNOWN_V2, ChunkCodec, ZarrCodec, chunk_codec
+from streamlr.dataset.codecs import KNOWN_V2, ChunkCodec, ZarrCodec, check_memory, chunk_codec
 from streamlr.dataset.integrity import array_fingerprint, check_complete, check_current, local_root
 from streamlr.dataset.rows import check_dtype
 from streamlr.dataset.stored_chunks import StoredChunks
@@ -183,7 +183,11 @@ class ZarrReader:
         if isinstance(codec, ZarrCodec):
             decoded = codec.decode(stored, lambda: self._stored.describe(position))
         else:
-            out = self._buffers["decoded", column].take(codec.nbytes if codec.compressed else 0)
+            try:
+                out = self._buffers["decoded", column].take(codec.nbytes if codec.compressed else 0)
+            except (MemoryError, OSError) as error:
+                check_memory(error, self._stored.describe(position), codec.nbytes)
+                raise
             decoded = codec.decode(stored, out, lambda: self._stored.describe(position))
         return decoded.reshape(array.chunks[0], -1)
 

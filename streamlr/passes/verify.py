@@ -14,7 +14,7 @@ from streamlr.errors import DataError, MemoryLimitExceeded
 from streamlr.passes.memory import memory_in_use, memory_limit
 from streamlr.passes.planning import worker_count
 from streamlr.passes.progress import Callback, find_pass, running_pass
-from streamlr.passes.reduce import compute
+from streamlr.passes.tasks import compute
 
 
 @dataclass(frozen=True, slots=True)

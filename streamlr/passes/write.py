@@ -25,7 +25,7 @@ from streamlr.files import check_output, publish
 from streamlr.passes.memory import one_blas_thread
 from streamlr.passes.planning import make_plan, worker_count
 from streamlr.passes.progress import Callback, running_pass, share_of_pass
-from streamlr.passes.reduce import begin, compute, end, errors_of_graphs, span_tasks, with_blocks
+from streamlr.passes.tasks import begin, compute, end, errors_of_graphs, span_tasks, with_blocks
 
 CHUNK_ROWS = 65_536  # of the output, where the input has no chunks
 Function = Callable[[Block], NDArray[np.float64]]

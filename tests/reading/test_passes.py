@@ -28,7 +28,8 @@ from streamlr.errors import Cancelled, DataError, MemoryLimitExceeded, OutputExi
 from streamlr.passes.memory import one_blas_thread
 from streamlr.passes.planning import plan_pass
 from streamlr.passes.progress import find_pass, running_pass
-from streamlr.passes.reduce import reduce, span_tasks
+from streamlr.passes.reduce import reduce
+from streamlr.passes.tasks import span_tasks
 from streamlr.passes.write import write
 
 N, P = 80_000, 100  # 64 MB: four spans
