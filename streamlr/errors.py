@@ -1,4 +1,8 @@
-"""Every error and warning of the package; each is also a builtin, and each error knows its exit status."""
+"""Every error and warning of the package; each is also a builtin, and each error knows its exit status.
+
+An `OSError` stands first among the bases of a class: its instances have a layout of their own, and whoever rebuilds an error that
+came from another process takes the `__new__` of the first base.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +21,11 @@ class UsageError(StreamlrError, ValueError):
     exit_status = 2
 
 
-class PathNotFound(UsageError, FileNotFoundError):
+class PathNotFound(FileNotFoundError, UsageError):
     """A path that leads nowhere."""
 
 
-class OutputExists(UsageError, FileExistsError):
+class OutputExists(FileExistsError, UsageError):
     """An output is already there and `overwrite` was not asked for."""
 
 
@@ -31,11 +35,11 @@ class DataError(StreamlrError, ValueError):
     exit_status = 3
 
 
-class ChunkMissing(DataError, FileNotFoundError):
+class ChunkMissing(FileNotFoundError, DataError):
     """A chunk that the metadata promises is absent or empty."""
 
 
-class ChunkCorrupt(DataError, OSError):
+class ChunkCorrupt(OSError, DataError):
     """A chunk is there but cannot be what was written: too short, undecodable, a wrong checksum."""
 
 

@@ -11,6 +11,7 @@ import pytest
 import zarr
 
 import streamlr
+from streamlr import errors
 from streamlr.errors import ChunkMissing, MemoryLimitExceeded, PrecisionWarning, UnsupportedDtype, UsageError
 
 
@@ -178,8 +179,16 @@ def test_public_values_survive_pickling(dataset, model, rows):
     assert (streamlr.fit(again).coef == model.coef).all()
     m = pickle.loads(pickle.dumps(streamlr.accumulate(dataset)))
     assert (streamlr.solve(m).coef == model.coef).all()
-    error = pickle.loads(pickle.dumps(ChunkMissing("chunk 1.0")))
-    assert (type(error), str(error)) == (ChunkMissing, "chunk 1.0")
+
+
+@pytest.mark.parametrize("name", [name for name, value in vars(errors).items() if isinstance(value, type)])
+def test_errors_come_back_from_other_processes(name):
+    kind = getattr(errors, name)
+    if not issubclass(kind, BaseException):
+        return
+    again = pickle.loads(pickle.dumps(kind("chunk 1.0")))
+    assert (type(again), str(again)) == (kind, "chunk 1.0")
+    assert str(kind.__new__(kind, "chunk 1.0")) == "chunk 1.0"  # as Dask rebuilds them, through tblib
 
 
 def test_progress_is_told_to_the_end(rows):

@@ -411,7 +411,11 @@ class TestPredictions:
         (tmp_path / "out.zarr/mine").write_text("mine")
         with pytest.raises(OutputExists, match=r"out\.zarr already exists"):
             streamlr.predict(model, dataset, tmp_path / "out.zarr")
+        with pytest.raises(OutputExists, match="a folder with other files"):
+            streamlr.predict(model, dataset, tmp_path / "out.zarr", overwrite=True)
         assert (tmp_path / "out.zarr/mine").read_text() == "mine"
+        (tmp_path / "out.zarr/mine").unlink()
+        zarr.open_group(tmp_path / "out.zarr", mode="w")
         streamlr.predict(model, dataset, tmp_path / "out.zarr", overwrite=True)
         assert zarr.open_group(tmp_path / "out.zarr", mode="r")["prediction"].shape == (100,)
 
