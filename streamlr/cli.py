@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-try:
-    import json
-    import os
-    import signal
-    import sys
-    import traceback
-    import warnings
-    from collections.abc import Callable
-    from contextlib import nullcontext
-    from dataclasses import asdict, dataclass, field
-    from functools import wraps
-    from pathlib import Path
-    from typing import Annotated, Any
+import json
+import os
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
 
-    import typer
+import typer
 
-    from streamlr.errors import DataError, ResourceError, StreamlrError
-    from streamlr.files import check_output, to_json
-except KeyboardInterrupt:  # these take a tenth of a second, before `main` can do anything about Ctrl-C
-    raise SystemExit(130) from None
+from streamlr.errors import DataError, ResourceError, StreamlrError
+from streamlr.files import check_output, to_json
 
 STOPPED = 128  # a process that a signal stopped ends with this and the signal's number: 130 or 143
 app = typer.Typer(
