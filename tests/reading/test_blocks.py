@@ -17,13 +17,13 @@ from streamlr.dataset.blocks import (
     MIN_SPAN_BYTES,
     Block,
     Span,
-    Subset,
-    Tally,
     format_bytes,
     spans,
     tile_edges,
     tile_rows,
 )
+from streamlr.dataset.subset import Subset
+from streamlr.dataset.tally import Tally
 
 
 def cut(n_rows, row_bytes, **options):
@@ -141,17 +141,17 @@ def test_tallies_add_up():
 
 @given(st.integers(0, 2**40), st.integers(1, 500), st.integers(0, 2**70), st.floats(0.01, 0.99))
 def test_a_subset_depends_on_position_and_seed_alone(start, length, seed, fraction):
-    subset = Subset(fraction, seed, complement=False)
+    subset = Subset(fraction, seed, 0, complement=False)
     whole = subset.holds(start, start + length)
     for cut_at in (0, length // 3, length):
         parts = [subset.holds(start, start + cut_at), subset.holds(start + cut_at, start + length)]
         np.testing.assert_array_equal(np.concatenate(parts), whole)
-    np.testing.assert_array_equal(Subset(fraction, seed, complement=True).holds(start, start + length), ~whole)
+    np.testing.assert_array_equal(Subset(fraction, seed, 0, complement=True).holds(start, start + length), ~whole)
 
 
 def test_a_subset_has_its_share_and_seeds_are_independent():
     n, fraction = 200_000, 0.1
-    first, second = (Subset(fraction, seed, complement=False).holds(0, n) for seed in (0, 1))
+    first, second = (Subset(fraction, seed, 0, complement=False).holds(0, n) for seed in (0, 1))
     spread = 5 * math.sqrt(fraction * (1 - fraction) / n)
     assert abs(first.mean() - fraction) < spread
     assert abs((first & second).mean() - fraction**2) < spread
