@@ -18,6 +18,8 @@ def main(train: str, new: str, out: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 4:
+        sys.exit(__doc__)
     try:
         main(*sys.argv[1:4])
     except StreamlrError as error:

@@ -37,6 +37,8 @@ def run_demo(folder: Path, say: Callable[[str], None]) -> tuple[str, dict[str, A
         The package that holds the flights is not installed.
     """
     source = flights_path()
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is no folder; choose another with --dir")
     folder.mkdir(parents=True, exist_ok=True)
     store, model_path, out = folder / "flights.zarr", folder / "flights.json", folder / "predictions.zarr"
     began = perf_counter()

@@ -80,16 +80,22 @@ class Verified:
         Those that are missing or damaged.
     not_checked : dict of str to str
         Arrays that are not made of rows of numbers, and so were not read, with the reason.
+    no_checksums : list of str
+        Arrays whose chunks carry no checksum: bytes that were altered, or chunks that were swapped, may go unseen.
     """
 
     n_chunks: int
     problems: list[Problem]
     not_checked: dict[str, str]
+    no_checksums: list[str]
 
     def __str__(self) -> str:
         lines = [f"{problem.kind}: {problem.message}" for problem in self.problems]
         lines += [f"not checked: {reason}" for reason in self.not_checked.values()]
         found = f"{self.n_chunks:,} chunks read, {len(self.problems):,} missing or damaged"
+        if self.no_checksums:
+            lines.append(f"no checksums in {', '.join(self.no_checksums)}: altered bytes and swapped chunks may go unseen")
+            return "\n".join([*lines, found if self.problems else f"{found}: all there, and of the right size"])
         return "\n".join([*lines, found if self.problems else f"{found}: all intact"])
 
 
@@ -196,7 +202,8 @@ def verify(path: str | os.PathLike[str], *, memory_limit: int | str | None = Non
     if not rows:
         raise next(iter(refused.values()), UsageError(f"{path} is a group without arrays; give the path of one that has some"))
     count, problems = verify_chunks(rows, progress, memory_limit)
-    return Verified(count, problems, {name: str(error) for name, error in refused.items()})
+    unchecked = [one.label for one in rows if (codec := chunk_codec(one.array)) is None or not codec.has_checksum]
+    return Verified(count, problems, {name: str(error) for name, error in refused.items()}, unchecked)
 
 
 def _arrays(node: zarr.Group | zarr.Array[Any]) -> dict[str, zarr.Array[Any]]:

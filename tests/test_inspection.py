@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import zarr
 
+import streamlr
+from streamlr.dataset.ingest import ingest
 from streamlr.dataset.zarr_rows import ZarrRows
-from streamlr.errors import DataError, MemoryLimitExceeded, StoreIncomplete, UnsupportedDtype, UsageError
+from streamlr.errors import ChunkMissing, DataError, MemoryLimitExceeded, StoreIncomplete, UnsupportedDtype, UsageError
 from streamlr.inspection import inspect_store, verify
 from streamlr.passes import verify as passes_verify
 from streamlr.passes.memory import memory_in_use
@@ -139,3 +141,31 @@ def test_every_kind_of_array_is_described(store):
     assert "3 dimensions" in problems["cube"]
     assert "0 dimensions" in problems["scalar"]
     assert "dtype" in problems["words"]
+
+
+def test_intact_is_only_said_where_checksums_show_it(store, tmp_path):
+    found = verify(store)
+    assert found.no_checksums == ["X", "y"]
+    assert "intact" not in str(found)
+    assert "no checksums in X, y: altered bytes and swapped chunks may go unseen" in str(found)
+    table = tmp_path / "t.csv"
+    table.write_text("y,a\n" + "".join(f"{i},{i % 7}\n" for i in range(50)))
+    ingest([table], tmp_path / "own.zarr", target="y")
+    assert verify(tmp_path / "own.zarr").no_checksums == []
+    assert str(verify(tmp_path / "own.zarr")).endswith("all intact")
+
+
+def test_a_chunk_that_the_manifest_lists_is_never_taken_for_fill_values(tmp_path):
+    table = tmp_path / "t.csv"
+    table.write_text("y,a\n" + "".join(f"{i},{i % 7}\n" for i in range(5000)))
+    ingest([table], tmp_path / "own.zarr", target="y", rows_per_chunk=1024)
+    (tmp_path / "own.zarr/X/c/2/0").unlink()
+    dataset = streamlr.open_dataset(tmp_path / "own.zarr", missing="drop", allow_missing_chunks=True)
+    with pytest.raises(ChunkMissing, match=r"chunk 2\.0 of array 'X'"):
+        streamlr.fit(dataset)
+
+
+def test_a_dataset_says_what_it_is(store):
+    dataset = streamlr.open_dataset(store)
+    assert repr(dataset) == "<streamlr.Dataset of 1,000 rows x 4 features, target y>"
+    assert repr(dataset.split(0.5)[0]) == "<streamlr.Dataset of a part of 1,000 rows x 4 features, target y>"

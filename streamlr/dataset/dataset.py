@@ -113,6 +113,11 @@ class Dataset:
         if self.stored_rows == 0:
             raise NoRows("X has no rows: found array with 0 sample(s) while a minimum of 1 is required")
 
+    def __repr__(self) -> str:
+        rows = f"{'a part of ' if self.subsets else ''}{self.stored_rows:,} rows x {self.n_features} features"
+        weights = "" if self.weights is None else f", weights {self.weights.label}"
+        return f"<streamlr.Dataset of {rows}, target {', '.join(self.target_names) or 'none'}{weights}>"
+
     @property
     def arrays(self) -> tuple[Rows, ...]:
         """Features, targets and weights, as far as there are any."""
@@ -296,7 +301,7 @@ class Dataset:
         if refused.any():
             i, j = (int(number) for number in np.argwhere(refused)[0])
             remedy = (
-                "leave such rows out with missing='drop' (--missing drop), or repair the data"
+                "leave such rows out with open_dataset(..., missing='drop') (--missing drop), or repair the data"
                 if np.isnan(everything[i, j])
                 else "repair the data: an infinity is not a missing value"
             )

@@ -72,6 +72,11 @@ class ZarrRows:
         return tuple(range(self.array.shape[1])) if self.array.ndim == 2 else (0,)
 
     @property
+    def may_lack_chunks(self) -> bool:
+        """Whether an absent chunk stands for fill values: never where a manifest says that it was written."""
+        return self.allow_missing_chunks and self.checksums is None
+
+    @property
     def dtype(self) -> np.dtype[Any]:
         """Stored dtype."""
         return self.array.dtype
@@ -129,7 +134,7 @@ class ZarrRows:
         No chunk is read. Elsewhere the reader finds an absent chunk as soon as it asks for it.
         """
         check_current(self.array, self.label)
-        if complete and not self.allow_missing_chunks and local_root(self.array) is not None:
+        if complete and not self.may_lack_chunks and local_root(self.array) is not None:
             check_complete(self.array, self.label, REMEDY)
 
 
@@ -175,7 +180,7 @@ class ZarrReader:
         in_place = isinstance(codec, ChunkCodec) and not codec.compressed
         stored = self._stored.get(position, self._buffers["stored", column if in_place else 0])
         if stored is None:
-            if not self.rows.allow_missing_chunks:
+            if not self.rows.may_lack_chunks:
                 raise ChunkMissing(self._absence(position))
             self.chunks_missing += 1
             fill = 0 if array.fill_value is None else array.fill_value  # none is stated (v2): zarr reads zeros
