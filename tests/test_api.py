@@ -167,10 +167,10 @@ def test_an_estimator_forgets_names_that_no_longer_hold(rows):
 
 
 def test_a_wide_short_table_is_planned_by_its_rows():
-    plan = streamlr.plan(streamlr.Dataset(np.zeros((200, 2000)), np.zeros(200)), memory_limit="2GB")
-    assert plan.peak_bytes < 1_000_000_000
+    plan = streamlr.plan(streamlr.Dataset(np.zeros((200, 2000)), np.zeros(200)))
+    assert plan.peak_bytes - plan.base_bytes < 500_000_000
     with pytest.raises(MemoryLimitExceeded, match=r"to solve for 20,000 columns"):
-        streamlr.plan(streamlr.Dataset(np.zeros((10, 20_000)), np.zeros(10)), memory_limit="2GB")
+        streamlr.plan(streamlr.Dataset(np.zeros((10, 20_000)), np.zeros(10)), memory_limit="20GB")
 
 
 def test_public_values_survive_pickling(dataset, model, rows):
