@@ -11,8 +11,9 @@ from .dataset.blocks import Plan as Plan
 from .dataset.dataset import Dataset as Dataset
 from .dataset.opening import open_dataset as open_dataset
 from .dataset.tally import Tally as Tally
+from .descent.options import Descent as Descent
 from .direct.routes import Direct as Direct
 from .estimators import LinearRegression as LinearRegression
 from .estimators import Ridge as Ridge
 from .model import FittedModel as FittedModel
-from .model import load_model as load_model
+from .model_files import load_model as load_model

@@ -10,8 +10,9 @@ from typing import Any
 from streamlr.aggregates.cost import Cost, ResidualsOf
 from streamlr.aggregates.moments import Moments, MomentsOf
 from streamlr.dataset.blocks import Block, Plan
-from streamlr.dataset.dataset import Dataset
+from streamlr.dataset.dataset import Dataset, check_dataset, check_target
 from streamlr.dataset.tally import Tally
+from streamlr.descent.options import Descent
 from streamlr.direct.normal import check_penalty, describe_aliases, solve_bytes, solve_normal
 from streamlr.direct.routes import Direct
 from streamlr.errors import PrecisionWarning, RankWarning, UsageError
@@ -21,6 +22,8 @@ from streamlr.passes.planning import plan_pass
 from streamlr.passes.progress import Callback, shown
 from streamlr.passes.reduce import Reduced, reduce
 from streamlr.passes.write import write
+from streamlr.solvers import Solver, solver_named
+from streamlr.training import Training
 
 FEW_DIGITS = 4  # of a coefficient, below which a caller should hear of it
 Progress = bool | Callback
@@ -28,14 +31,15 @@ Progress = bool | Callback
 
 def fit(
     dataset: Dataset,
-    solver: str | Direct = "auto",
+    solver: Solver = "auto",
     *,
     fit_intercept: bool = True,
     ridge: float = 0.0,
     memory_limit: int | str | None = None,
     progress: Progress = False,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> FittedModel:
-    r"""Fit a linear model to all rows, in one pass over them.
+    r"""Fit a linear model to all rows: exactly, in one pass over them, or by gradient descent.
 
     .. math:: \min_{b_0, b} \frac1W \sum w_i (y_i - b_0 - x_i'b)^2 + \lambda |b|^2
 
@@ -43,8 +47,9 @@ def fit(
     ----------
     dataset : Dataset
         Rows with a target.
-    solver : "auto", "normal" or Direct
-        "normal" and `Direct("normal")` solve the normal equations; "auto" chooses that.
+    solver : "auto", "normal" or Direct; "gd", "minibatch", "sgd" or Descent
+        "normal" and `Direct("normal")` solve the normal equations; "auto" chooses that. The others go down the gradient of the
+        cost, by all rows, by batches or by single rows.
     fit_intercept : bool
         Fit b0, which is never penalised.
     ridge : float
@@ -53,6 +58,9 @@ def fit(
         Bytes, or a text such as "2GB"; None for four fifths of what this process may use.
     progress : bool or callable
         Show a bar on standard error, or call this with an `Event` at every tile.
+    checkpoint : path or None
+        Of a descent: a file that keeps its state. Where it exists, the descent goes on from there, to the same bits as if it had
+        never stopped.
 
     Returns
     -------
@@ -61,13 +69,15 @@ def fit(
     Raises
     ------
     UsageError
-        An option is not one of those allowed, or there is no target.
+        An option is not one of those allowed, there is no target, or the checkpoint is of other data or options.
     MemoryLimitExceeded
         The plan does not fit; no row was read.
     DataError
         A row, a chunk or a count is not as promised.
     NumericalError
         The rank is short and `Direct(rank="error")` was asked for, or a coefficient leaves the range of float64.
+    Diverged
+        A descent went up; the error has the best coefficients before that.
 
     Warns
     -----
@@ -87,11 +97,16 @@ def fit(
     ----------
     Chan, Golub and LeVeque (1983) for the moments, van der Sluis (1969) for the scaling of the equations.
     """
-    direct, ridge = Direct.named(solver), check_penalty(ridge)
-    _check_target(dataset)
+    chosen, ridge = solver_named(solver), check_penalty(ridge)
+    check_target(dataset)
+    if isinstance(chosen, Descent):
+        with shown(progress) as callback:
+            return Training(dataset, chosen, bool(fit_intercept), ridge, memory_limit, callback).run(checkpoint)
+    if checkpoint is not None:
+        raise UsageError("checkpoint keeps the state of a descent, and an exact fit has none: leave it out, or choose 'minibatch'")
     reduced = _moments(dataset, memory_limit, progress)
     _warn_rounded(reduced.tally)
-    model = _solved(reduced.value, direct, bool(fit_intercept), ridge)
+    model = _solved(reduced.value, chosen, bool(fit_intercept), ridge)
     return replace(
         model,
         dropped_by_column=reduced.tally.dropped_by_column,
@@ -126,13 +141,13 @@ def accumulate(dataset: Dataset, *, memory_limit: int | str | None = None, progr
     >>> streamlr.solve(first + second).coef
     array([2.])
     """
-    _check_target(dataset)
+    check_target(dataset)
     reduced = _moments(dataset, memory_limit, progress)
     _warn_rounded(reduced.tally)
     return reduced.value
 
 
-def solve(moments: Moments, solver: str | Direct = "auto", *, fit_intercept: bool = True, ridge: float = 0.0) -> FittedModel:
+def solve(moments: Moments, solver: Solver = "auto", *, fit_intercept: bool = True, ridge: float = 0.0) -> FittedModel:
     """Fit a linear model to the rows that moments were made of, reading none.
 
     Parameters
@@ -156,7 +171,10 @@ def solve(moments: Moments, solver: str | Direct = "auto", *, fit_intercept: boo
     """
     if not isinstance(moments, Moments):
         raise UsageError(f"the moments are a {type(moments).__name__}; give what `accumulate` returns")
-    return _solved(moments, Direct.named(solver), bool(fit_intercept), check_penalty(ridge))
+    chosen = solver_named(solver)
+    if isinstance(chosen, Descent):
+        raise UsageError("solve() is for direct solvers, which need nothing but moments; descend with fit(dataset, solver)")
+    return _solved(moments, chosen, bool(fit_intercept), check_penalty(ridge))
 
 
 def evaluate(model: FittedModel, dataset: Dataset, *, memory_limit: int | str | None = None, progress: Progress = False) -> Cost:
@@ -186,7 +204,7 @@ def evaluate(model: FittedModel, dataset: Dataset, *, memory_limit: int | str | 
     1.0
     """
     _check_model(model)
-    _check_target(dataset)
+    check_target(dataset)
     model.check_features(dataset.feature_names)
     model.check_targets(dataset.target_names)
     statistic = ResidualsOf(model.coef_matrix, model.intercept_vector, model.target_names)
@@ -240,7 +258,7 @@ def predict(
     array([1., 3., 5.])
     """
     _check_model(model)
-    _check_dataset(dataset)
+    check_dataset(dataset)
     model.check_features(dataset.feature_names)
 
     def function(block: Block) -> Any:
@@ -259,7 +277,7 @@ def predict(
         )
 
 
-def plan(dataset: Dataset, solver: str | Direct = "auto", *, memory_limit: int | str | None = None) -> Plan:
+def plan(dataset: Dataset, solver: Solver = "auto", *, memory_limit: int | str | None = None) -> Plan:
     """Say what a fit would do, before it does: tasks, bytes and memory; no row is read.
 
     Parameters
@@ -278,8 +296,9 @@ def plan(dataset: Dataset, solver: str | Direct = "auto", *, memory_limit: int |
     >>> streamlr.plan(streamlr.Dataset(np.zeros((1000, 3)), np.zeros(1000))).passes
     1
     """
-    Direct.named(solver)
-    _check_dataset(dataset)
+    check_dataset(dataset)
+    if isinstance(chosen := solver_named(solver), Descent):
+        return Training(dataset, chosen, memory_limit=memory_limit).plan()
     statistic = MomentsOf(dataset.feature_names, dataset.target_names)
     bytes_needed = solve_bytes(dataset.n_features, dataset.n_targets)
     return plan_pass(dataset, statistic, task="normal", memory=memory_limit, solution_bytes=bytes_needed)[0]
@@ -309,22 +328,9 @@ def _solved(moments: Moments, direct: Direct, fit_intercept: bool, ridge: float)
     return model
 
 
-def _check_dataset(dataset: Dataset) -> None:
-    if not isinstance(dataset, Dataset):
-        raise UsageError(
-            f"the data are a {type(dataset).__name__}; give a Dataset: streamlr.open_dataset(path), or streamlr.Dataset(X, y)"
-        )
-
-
 def _check_model(model: FittedModel) -> None:
     if not isinstance(model, FittedModel):
         raise UsageError(f"the model is a {type(model).__name__}; give what `fit` or `load_model` returns, before the data")
-
-
-def _check_target(dataset: Dataset) -> None:
-    _check_dataset(dataset)
-    if dataset.n_targets == 0:
-        raise UsageError("the data have no target: name one with target= (--target), or give y")
 
 
 def _warn_rounded(tally: Tally) -> None:

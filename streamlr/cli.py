@@ -234,7 +234,7 @@ def evaluate(
 ) -> Outcome:
     """Print the cost of a model on any rows: mean squared error, its root, mean absolute error, R^2."""
     from streamlr.api import evaluate as run
-    from streamlr.model import load_model
+    from streamlr.model_files import load_model
 
     fitted = load_model(model)
     dataset = _open(data, target, features, weights, missing, allow_missing_chunks)
@@ -258,7 +258,7 @@ def predict(
 ) -> Outcome:
     """Write the prediction of every row to a store with the array `prediction`."""
     from streamlr.api import predict as run
-    from streamlr.model import load_model
+    from streamlr.model_files import load_model
 
     fitted = load_model(model)
     dataset = _open(data, None, features, None, missing, allow_missing_chunks)

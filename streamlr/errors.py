@@ -6,7 +6,7 @@ came from another process takes the `__new__` of the first base.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class StreamlrError(Exception):
@@ -87,6 +87,25 @@ class NumericalError(StreamlrError, ArithmeticError):
 
 class RankDeficient(NumericalError):
     """Columns depend on others, and the caller asked for an error in that case."""
+
+
+class Diverged(NumericalError):
+    """A descent went up instead of down.
+
+    Attributes
+    ----------
+    coef, intercept : array or float
+        The best coefficients before that, in the user's units.
+    history : list
+        What was recorded.
+    """
+
+    def __init__(self, message: str, coef: Any = None, intercept: Any = None, history: Any = ()) -> None:
+        super().__init__(message, coef, intercept, history)
+        self.coef, self.intercept, self.history = coef, intercept, history
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class ResourceError(StreamlrError, RuntimeError):

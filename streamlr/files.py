@@ -15,7 +15,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from streamlr.errors import BadFile, OutputExists, PathNotFound
+from streamlr.errors import BadFile, OutputExists, PathNotFound, UsageError
 
 MAX_JSON_BYTES = 256 * 2**20
 STORE_MARKS = ("zarr.json", ".zgroup", ".zarray")  # one of these makes a folder a zarr store
@@ -159,6 +159,38 @@ def read_json(path: str | os.PathLike[str], kind: str, version: int) -> dict[str
     if stated != actual:
         raise BadFile(f"{path} was altered or damaged after it was written (its digest differs); write it again")
     return body
+
+
+@contextmanager
+def held(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Keep other processes from holding the same path while the block runs; the system lets go of it when this one dies.
+
+    Raises
+    ------
+    UsageError
+        Another process holds it.
+    """
+    import fcntl
+
+    place = Path(os.path.realpath(path))
+    lock = place.with_name(f".{place.name}.lock")
+    while True:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.exists(lock) and os.path.samestat(os.fstat(descriptor), os.stat(lock)):
+                break
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise UsageError(
+                f"{path} is being written by another process; wait until it has ended, or choose another path"
+            ) from error
+        os.close(descriptor)  # whoever held it has removed it since
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 def _kind(place: Path) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -14,13 +14,15 @@ from numpy.typing import NDArray
 from streamlr.aggregates.cost import Cost, make_cost, predictions
 from streamlr.aggregates.moments import Moments
 from streamlr.dataset.dask_rows import DaskRows
-from streamlr.dataset.dataset import default_names
+from streamlr.dataset.dataset import Dataset, default_names
 from streamlr.dataset.rows import check_dtype, plain_array
 from streamlr.dataset.tables.coding import MODEL_FORMAT, MODEL_VERSION
+from streamlr.dataset.tally import Tally
+from streamlr.descent.stopping import Record
 from streamlr.direct.inference import Summary, standard_errors, summarise
 from streamlr.direct.routes import Solution
-from streamlr.errors import BadFile, UsageError
-from streamlr.files import read_json, to_json, write_json
+from streamlr.errors import UsageError
+from streamlr.files import to_json, write_json
 
 Array = NDArray[np.float64]
 
@@ -39,26 +41,27 @@ class FittedModel:
         Names of the columns.
     n_rows : int
         Rows that were fitted.
-    rank : int
-        Feature columns that do not depend on others.
-    condition : float
-        Condition number of the equilibrated columns.
-    digits : float
-        Decimal digits of the coefficients that this leaves correct, estimated.
+    rank : int or None
+        Feature columns that do not depend on others; None after a descent, which does not ask.
+    condition : float or None
+        Condition number of the equilibrated columns; None after a descent.
+    digits : float or None
+        Decimal digits of the coefficients that this leaves correct, estimated; None after a descent.
     route : str
-        "cholesky", or "eigen" where the rank is short.
+        "cholesky", or "eigen" where the rank is short; "gd", "minibatch" or "sgd" after a descent.
     aliased : mapping
-        For each dependent column, the combination of others that it equals; empty for a constant.
+        For each dependent column, the combination of others that it equals; empty for a constant, and after a descent.
     cost : Cost
         On the rows that were fitted.
     fit_intercept, ridge : bool, float
         What was asked for.
     std_err : (p,) or (p, k) float64
-        Standard errors of `coef`; NaN under ridge, and for columns that share a coefficient, were dropped or are constant.
+        Standard errors of `coef`; NaN under ridge, after a descent, and for columns that share a coefficient, were dropped or are
+        constant.
     intercept_std_err : float or (k,)
         Standard error of the intercept; NaN under ridge, without an intercept, and where columns share a coefficient.
-    df_resid : int
-        Rows that count, less the parameters.
+    df_resid : int or None
+        Rows that count, less the parameters; None after a descent.
     n_dropped : int
         Rows left out because a value was missing.
     dropped_by_column : mapping of str to int
@@ -69,6 +72,10 @@ class FittedModel:
         Of the rows; None where the model comes from moments alone.
     coding : mapping
         How tables become columns (formula, levels), where they did.
+    history : tuple of Record
+        Of a descent: one an epoch, and more with `log_every`.
+    stopped : str
+        Why a descent ended; empty for a direct solution.
     """
 
     coef: Array
@@ -76,9 +83,9 @@ class FittedModel:
     feature_names: tuple[str, ...]
     target_names: tuple[str, ...]
     n_rows: int
-    rank: int
-    condition: float
-    digits: float
+    rank: int | None
+    condition: float | None
+    digits: float | None
     route: str
     aliased: Mapping[str, Mapping[str, float]]
     cost: Cost
@@ -86,12 +93,14 @@ class FittedModel:
     ridge: float
     std_err: Array
     intercept_std_err: float | Array
-    df_resid: int
+    df_resid: int | None
     n_dropped: int = 0
     dropped_by_column: Mapping[str, int] = field(default_factory=dict)
     chunks_missing: int = 0
     fingerprint: str | None = None
     coding: Mapping[str, Any] = field(default_factory=dict)
+    history: tuple[Record, ...] = ()
+    stopped: str = ""
 
     @classmethod
     def of_solution(cls, moments: Moments, solution: Solution, *, fit_intercept: bool, ridge: float) -> FittedModel:
@@ -117,6 +126,33 @@ class FittedModel:
             intercept_std_err=float(errors.intercept[0]) if one else errors.intercept,
             df_resid=errors.df_resid,
             n_dropped=moments.n_dropped,
+        )
+
+    @classmethod
+    def of_descent(cls, dataset: Dataset, coef: Array, intercept: Array, cost: Cost, tally: Tally, **facts: Any) -> FittedModel:
+        """Return the model of coefficients (p, k) and intercepts (k,) that a descent ended with, and of a pass for their cost."""
+        one = len(intercept) == 1
+        unknown = np.full_like(coef, np.nan)
+        return cls(
+            coef=coef[:, 0] if one else coef,
+            intercept=float(intercept[0]) if one else intercept,
+            feature_names=dataset.feature_names,
+            target_names=dataset.target_names,
+            n_rows=cost.n,
+            rank=None,
+            condition=None,
+            digits=None,
+            aliased={},
+            cost=replace(cost, n_dropped=tally.dropped, chunks_missing=tally.chunks_missing),
+            std_err=unknown[:, 0] if one else unknown,
+            intercept_std_err=float("nan") if one else np.full_like(intercept, np.nan),
+            df_resid=None,
+            n_dropped=tally.dropped,
+            dropped_by_column=tally.dropped_by_column,
+            chunks_missing=tally.chunks_missing,
+            fingerprint=dataset.fingerprint,
+            coding=dataset.coding,
+            **facts,
         )
 
     @property
@@ -245,14 +281,19 @@ class FittedModel:
             names = ("intercept", *names)
             coef = np.vstack([self.intercept_vector, coef])
             std_err = np.vstack([np.atleast_1d(np.asarray(self.intercept_std_err)), std_err])
-        return summarise(names, self.target_names, coef, std_err, self.df_resid, level, self._head())
+        return summarise(names, self.target_names, coef, std_err, self.df_resid or 0, level, self._head())
 
     def _head(self) -> str:
-        lines = [
-            f"{self.n_rows:,} rows, {self.n_features} features, rank {self.rank}, route {self.route}",
-            f"condition {self.condition:.3g}, about {self.digits:.0f} digits; residual degrees of freedom {self.df_resid:,}",
-            str(self.cost),
-        ]
+        rows = f"{self.n_rows:,} rows, {self.n_features} features"
+        if self.rank is None or self.condition is None or self.digits is None or self.df_resid is None:
+            steps = f"{len(self.history):,} records; {self.stopped}; no standard errors" if self.history else self.stopped
+            lines = [f"{rows}, route {self.route}", steps, str(self.cost)]
+        else:
+            lines = [
+                f"{rows}, rank {self.rank}, route {self.route}",
+                f"condition {self.condition:.3g}, about {self.digits:.0f} digits; residual degrees of freedom {self.df_resid:,}",
+                str(self.cost),
+            ]
         if self.ridge:
             lines.append(f"ridge {self.ridge:g} on the columns as given: no standard errors")
         if self.df_resid and not self.ridge and not self.aliased and np.isnan(self.std_err).any():
@@ -266,7 +307,8 @@ class FittedModel:
     def to_dict(self) -> dict[str, Any]:
         """Return the model as JSON values; numbers that are not finite are null."""
         facts = {field.name: getattr(self, field.name) for field in fields(self)}
-        values: dict[str, Any] = to_json({**facts, "cost": {**self.cost.to_dict(), "weight_sum": self.cost.weight_sum}})
+        history = [record.to_dict() for record in self.history]
+        values: dict[str, Any] = to_json({**facts, "cost": self.cost.to_dict(), "history": history})
         return values
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
@@ -288,62 +330,3 @@ class FittedModel:
 
         content = {**self.to_dict(), "written_by": {"streamlr": version("streamlr"), "numpy": np.__version__}}
         write_json(path, MODEL_FORMAT, MODEL_VERSION, content, overwrite=overwrite)
-
-
-def load_model(path: str | os.PathLike[str]) -> FittedModel:
-    """Read a model that `FittedModel.save` wrote, checking its format, version and digest.
-
-    Parameters
-    ----------
-    path : path
-        The file.
-
-    Raises
-    ------
-    PathNotFound
-        No such file.
-    BadFile
-        Not a model, of a newer version, or altered.
-
-    Examples
-    --------
-    >>> import pathlib, tempfile, streamlr
-    >>> model = streamlr.fit(streamlr.Dataset([[0.0], [1.0], [2.0]], [1.0, 3.0, 5.0]))
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     model.save(pathlib.Path(folder) / "m.json")
-    ...     again = streamlr.load_model(pathlib.Path(folder) / "m.json")
-    >>> (again.coef == model.coef).all()
-    np.True_
-    """
-    content = read_json(path, MODEL_FORMAT, MODEL_VERSION)
-    try:
-        p = len(content["feature_names"])
-        cost = dict(content["cost"])
-        cost.pop("rmse")
-        cost |= {key: _number_or_array(cost[key], absent) for key, absent in (("mse", np.inf), ("r2", -np.inf), ("mae", None))}
-        k = len(content["target_names"])
-        coef, std_err, intercept = (np.array(content[name], dtype=np.float64) for name in ("coef", "std_err", "intercept"))
-        shape = (p,) if k == 1 else (p, k)
-        if k == 0 or coef.shape != shape or std_err.shape != shape or intercept.shape != shape[1:]:
-            raise ValueError("the coefficients do not fit the features and targets")
-        if not (np.isfinite(coef).all() and np.isfinite(intercept).all()):
-            raise ValueError("a coefficient is not finite")
-        if len(set(content["feature_names"])) != p or type(content["n_rows"]) is not int:
-            raise ValueError("feature names that differ and a number of rows are needed")
-        facts = {field.name: content[field.name] for field in fields(FittedModel)}
-        facts |= {name: tuple(content[name]) for name in ("feature_names", "target_names")}
-        facts |= {"coef": coef, "std_err": std_err, "cost": Cost(**cost)}
-        facts["intercept"] = _number_or_array(content["intercept"])
-        facts["intercept_std_err"] = _number_or_array(content["intercept_std_err"], absent=np.nan)
-        return FittedModel(**facts)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise BadFile(f"{path} lacks what a model needs ({error!r}); write it again with FittedModel.save") from error
-
-
-def _number_or_array(value: Any, absent: float | None = None) -> Any:
-    if value is None:
-        return absent
-    if not isinstance(value, list):
-        return float(value)
-    array = np.array(value, dtype=np.float64)
-    return array if absent is None else np.where(np.isnan(array), absent, array)

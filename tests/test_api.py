@@ -44,7 +44,10 @@ def model(dataset):
         (lambda ds, model: streamlr.solve(ds), r"moments are a Dataset; give what `accumulate`"),
         (lambda ds, model: streamlr.fit(ds, ridge="0.1"), r"ridge is '0.1'; allowed are finite numbers from 0 on"),
         (lambda ds, model: streamlr.fit(ds, ridge=float("nan")), r"ridge is nan"),
-        (lambda ds, model: streamlr.fit(ds, solver="sgd"), r"solver is 'sgd'; allowed are 'auto', 'normal'"),
+        (
+            lambda ds, model: streamlr.fit(ds, solver="newton"),
+            r"solver is 'newton'; allowed are 'auto', 'normal', 'gd', 'minibatch', 'sgd'",
+        ),
         (lambda ds, model: streamlr.Direct("qr"), r"route is 'qr'"),
         (lambda ds, model: streamlr.Direct(rank="maybe"), r"rank is 'maybe'"),
         (lambda ds, model: ds.split(0.1, seed=None), r"seed is None; allowed are integers"),

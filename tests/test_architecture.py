@@ -12,7 +12,24 @@ import pytest
 import streamlr
 
 PACKAGE = Path(streamlr.__file__).parent
-FLOORS = ["errors", "files", "dataset", "aggregates", "passes", "direct", "model", "api", "estimators", "inspection", "demo", "cli"]
+FLOORS = [
+    "errors",
+    "files",
+    "dataset",
+    "aggregates",
+    "passes",
+    "direct",
+    "descent",
+    "solvers",
+    "model",
+    "model_files",
+    "training",
+    "api",
+    "estimators",
+    "inspection",
+    "demo",
+    "cli",
+]
 # what makes tasks, or runs them; `dask.array` alone builds graphs, which is what a lazy prediction is
 SCHEDULING = {"dask.delayed", "dask.base", "dask.threaded", "dask.multiprocessing", "dask.system", "distributed"}
 MODULES = sorted(PACKAGE.rglob("*.py"))

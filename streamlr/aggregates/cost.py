@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,8 +59,15 @@ class Cost:
     def to_dict(self) -> dict[str, Any]:
         """Return the cost as JSON values."""
         facts = {"mse": self.mse, "rmse": self.rmse, "r2": self.r2, "mae": self.mae}
-        counts = {"n": self.n, "n_dropped": self.n_dropped, "chunks_missing": self.chunks_missing}
+        counts = {"n": self.n, "weight_sum": self.weight_sum, "n_dropped": self.n_dropped, "chunks_missing": self.chunks_missing}
         return {**counts, **{name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in facts.items()}}
+
+    @classmethod
+    def of_dict(cls, facts: Mapping[str, Any]) -> Cost:
+        """Return the cost that `to_dict` described, read back from JSON, in which what is not finite is null."""
+        values = {name: number_or_array(facts[name], absent) for name, absent in (("mse", np.inf), ("r2", -np.inf), ("mae", None))}
+        counts = {name: facts[name] for name in ("n", "weight_sum", "n_dropped", "chunks_missing")}
+        return cls(**values, **counts)
 
     def __str__(self) -> str:
         facts = {"mse": self.mse, "rmse": self.rmse, "mae": self.mae, "r2": self.r2}
@@ -199,6 +207,14 @@ def make_cost(squares: NDArray[np.float64], magnitudes: NDArray[np.float64] | No
         mse = np.ldexp(squares / total, 2 * moments.units[p:])
     mae = None if magnitudes is None else _scalar(magnitudes / total)
     return Cost(_scalar(mse), _scalar(r2), moments.n, mae, total)
+
+
+def number_or_array(value: Any, absent: float | None = None) -> Any:
+    """Return a number, or an array of a list of numbers, read from JSON, with `absent` in the place of null."""
+    if not isinstance(value, list):
+        return absent if value is None else float(value)
+    array = np.array(value, dtype=np.float64)
+    return array if absent is None else np.where(np.isnan(array), absent, array)
 
 
 def _scalar(values: NDArray[np.float64]) -> Number:

@@ -178,6 +178,11 @@ class Plan:
     limit_bytes: int
     limit_source: str
 
+    @property
+    def fits(self) -> bool:
+        """Whether one task at a time, and the solution after it, stay within the limit."""
+        return self.tasks_at_once > 0 and self.base_bytes + self.solution_bytes <= self.limit_bytes
+
     def __str__(self) -> str:
         return "\n".join(
             [

@@ -58,6 +58,11 @@ class DaskRows:
         return int(max(self.array.chunks[0]))
 
     @property
+    def decoded_rows(self) -> int:
+        """Rows of the largest block."""
+        return self.chunk_rows
+
+    @property
     def row_bytes(self) -> int:
         """Bytes of one row."""
         return self.n_columns * self.dtype.itemsize

@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from streamlr.dataset.blocks import Block, Span, tile_edges, tile_rows
+from streamlr.dataset.blocks import Block, Span, tile_rows
+from streamlr.dataset.checked import DatasetReader
 from streamlr.dataset.dask_rows import as_rows
 from streamlr.dataset.rows import Rows
 from streamlr.dataset.subset import Subset
 from streamlr.dataset.tally import Tally
-from streamlr.errors import DataError, NonFiniteValue, NoRows, RowCountMismatch, UsageError
+from streamlr.errors import NoRows, RowCountMismatch, UsageError
 from streamlr.files import digest
 
-EXACT_INTEGERS = 2.0**53  # from here on float64 skips integers: what reads as this may have been the next one
 MISSING_POLICIES = ("error", "drop")
 
 
@@ -129,7 +129,7 @@ class Dataset:
         if not self.subsets:
             return self.stored_rows
         step = 2**20
-        return sum(int(self._chosen(a, min(a + step, self.stored_rows)).sum()) for a in range(0, self.stored_rows, step))
+        return sum(int(self.chosen(a, min(a + step, self.stored_rows)).sum()) for a in range(0, self.stored_rows, step))
 
     @property
     def n_features(self) -> int:
@@ -234,105 +234,20 @@ class Dataset:
         part.weights = None if self.weights is None else blocks[-1]
         return part
 
+    def reader(self) -> DatasetReader:
+        """Return a reader of these rows, which keeps the memory of its chunks for the next span."""
+        return DatasetReader(self)
+
     def blocks(self, span: Span, report: Callable[[Tally], None]) -> Iterator[Block]:
-        """Read the rows of a span: blocks that end where tiles end, promoted, checked and with missing rows left out.
+        """Read the rows of one span; see `DatasetReader.blocks`."""
+        return self.reader().blocks(span, report)
 
-        Parameters
-        ----------
-        span : Span
-            Rows to read.
-        report : callable
-            Called with the tally of each block before it is yielded; may raise to stop the reading.
-
-        Yields
-        ------
-        Block
-            Valid until the next one is asked for: its memory is used again.
-        """
-        readers = [rows.reader() for rows in self.arrays]
-        columns = np.empty((min(self.tile_rows, span.stop - span.start), self.n_features + self.n_targets))
-        weights = None if self.weights is None else np.empty((len(columns), 1))
-        places = self._places(columns, weights)
-        missing_before = 0
-        for piece in tile_edges(span.start, span.stop, self.tile_rows):
-            height = piece.stop - piece.start
-            for reader, place in zip(readers, places, strict=True):
-                reader.read_into(place[:height], piece.start)
-            w = None if weights is None else weights[:height, 0]
-            rounded = self._rounded(columns[:height])
-            block, dropped, by_column = self._checked(piece, columns[:height], w)
-            chunks_missing = sum(reader.chunks_missing for reader in readers)
-            report(Tally(height, dropped, by_column, chunks_missing - missing_before, rounded))
-            missing_before = chunks_missing
-            yield block
-
-    def _places(self, columns: NDArray[np.float64], weights: NDArray[np.float64] | None) -> list[NDArray[np.float64]]:
-        """Which columns of the tile each array fills."""
-        places, at = [], 0
-        for rows in (*self.features, *self.targets):
-            places.append(columns[:, at : at + rows.n_columns])
-            at += rows.n_columns
-        return places if weights is None else [*places, weights]
-
-    def _checked(
-        self, piece: Span, columns: NDArray[np.float64], weights: NDArray[np.float64] | None
-    ) -> tuple[Block, int, dict[str, int]]:
-        positions: NDArray[np.int64] | None = None
-        if self.subsets:
-            positions = np.flatnonzero(self._chosen(piece.start, piece.stop))
-            columns, weights = columns[positions], None if weights is None else weights[positions]
-        dropped = 0
-        by_column: dict[str, int] = {}
-        with np.errstate(all="ignore"):  # one product tells whether all is finite; only then is the place looked for
-            sums = np.ones(len(columns)) @ columns
-        if not np.isfinite(sums).all() or (weights is not None and not np.isfinite(weights.sum())):
-            columns, weights, dropped, by_column = self._without_missing(piece, positions, columns, weights)
-        if weights is not None and (weights < 0).any():
-            row = _row(piece, positions, int(np.argmax(weights < 0)))
-            raise DataError(f"row {row:,} has the weight {weights[np.argmax(weights < 0)]!r}; allowed are finite numbers from 0 on")
-        return Block(piece.start, piece.stop, columns, weights, self.n_features), dropped, by_column
-
-    def _without_missing(
-        self, piece: Span, positions: NDArray[np.int64] | None, columns: NDArray[np.float64], weights: NDArray[np.float64] | None
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64] | None, int, dict[str, int]]:
-        everything = columns if weights is None else np.column_stack([columns, weights])
-        names = (*self.feature_names, *self.target_names, "weights")
-        refused = ~np.isfinite(everything) if self.missing == "error" else np.isinf(everything)
-        if refused.any():
-            i, j = (int(number) for number in np.argwhere(refused)[0])
-            remedy = (
-                "leave such rows out with open_dataset(..., missing='drop') (--missing drop), or repair the data"
-                if np.isnan(everything[i, j])
-                else "repair the data: an infinity is not a missing value"
-            )
-            row = _row(piece, positions, i)
-            raise NonFiniteValue(
-                f"row {row:,}, column {names[j]!r} is {everything[i, j]} (NaN or infinity is not allowed); {remedy}"
-            )
-        lacking = np.isnan(everything)
-        keep = ~lacking.any(axis=1)
-        dropped = int((~keep).sum())
-        by_column = {names[j]: int(count) for j, count in enumerate(lacking.sum(axis=0)) if count}
-        if self.missing == "keep":
-            return columns, weights, dropped, by_column
-        return columns[keep], None if weights is None else weights[keep], dropped, by_column
-
-    def _chosen(self, start: int, stop: int) -> NDArray[np.bool_]:
+    def chosen(self, start: int, stop: int) -> NDArray[np.bool_]:
+        """Return, for each of the rows [start, stop), whether it belongs to this part of the splits that were made."""
         chosen = np.ones(stop - start, dtype=np.bool_)
         for subset in self.subsets:
             chosen &= subset.holds(start, stop)
         return chosen
-
-    def _rounded(self, columns: NDArray[np.float64]) -> frozenset[str]:
-        """Columns of 64-bit integers in which this tile has one that float64 cannot hold."""
-        names: set[str] = set()
-        at = 0
-        for rows in (*self.features, *self.targets):
-            if rows.dtype.kind in "iu" and rows.dtype.itemsize == 8:
-                beyond = (np.abs(columns[:, at : at + rows.n_columns]) >= EXACT_INTEGERS).any(axis=0)
-                names.update((*self.feature_names, *self.target_names)[at + j] for j in np.flatnonzero(beyond))
-            at += rows.n_columns
-        return frozenset(names)
 
 
 def default_names(stem: str, count: int) -> tuple[str, ...]:
@@ -346,5 +261,16 @@ def default_names(stem: str, count: int) -> tuple[str, ...]:
     return tuple(f"{stem}{number}" for number in range(count))
 
 
-def _row(piece: Span, positions: NDArray[np.int64] | None, number: int) -> int:
-    return piece.start + (number if positions is None else int(positions[number]))
+def check_dataset(dataset: Any) -> None:
+    """Raise `UsageError` unless this is a Dataset."""
+    if not isinstance(dataset, Dataset):
+        raise UsageError(
+            f"the data are a {type(dataset).__name__}; give a Dataset: streamlr.open_dataset(path), or streamlr.Dataset(X, y)"
+        )
+
+
+def check_target(dataset: Any) -> None:
+    """Raise `UsageError` unless this is a Dataset with a target."""
+    check_dataset(dataset)
+    if dataset.n_targets == 0:
+        raise UsageError("the data have no target: name one with target= (--target), or give y")

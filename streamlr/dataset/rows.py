@@ -52,6 +52,11 @@ class Rows(Protocol):
         ...
 
     @property
+    def decoded_rows(self) -> int:
+        """Rows that are decoded together; 1 where rows can be had one by one."""
+        ...
+
+    @property
     def row_bytes(self) -> int:
         """Bytes to decode for one row."""
         ...
@@ -123,6 +128,11 @@ class MemoryRows:
     @property
     def chunk_rows(self) -> int:
         """One row: spans of an array in memory may end anywhere."""
+        return 1
+
+    @property
+    def decoded_rows(self) -> int:
+        """One row."""
         return 1
 
     @property

@@ -87,6 +87,11 @@ class ZarrRows:
         return int((self.array.shards or self.array.chunks)[0])
 
     @property
+    def decoded_rows(self) -> int:
+        """Rows of a chunk; within a shard, of one of its chunks."""
+        return int(self.array.chunks[0])
+
+    @property
     def column_chunks(self) -> tuple[int, ...]:
         """Which chunks along the columns hold the columns that are read."""
         if self.array.ndim == 1:

@@ -45,16 +45,6 @@ class Direct:
             if value not in allowed:
                 raise UsageError(f"{name} is {value!r}; allowed are {', '.join(map(repr, allowed))}")
 
-    @classmethod
-    def named(cls, solver: str | Direct) -> Direct:
-        """Return the solver that a word stands for, with its defaults; a solver stands for itself."""
-        if isinstance(solver, Direct):
-            return solver
-        if solver not in ROUTES:
-            allowed = ", ".join(map(repr, ROUTES))
-            raise UsageError(f"solver is {solver!r}; allowed are {allowed}, or a value such as Direct('normal')")
-        return cls(solver)
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Solution:

@@ -26,6 +26,23 @@ def plan_pass(
 ) -> tuple[Plan, list[Span]]:
     """Plan a reduction: as many tasks at once as there are workers and as memory allows.
 
+    Takes and returns what `draft_pass` does.
+
+    Raises
+    ------
+    MemoryLimitExceeded
+        Not even one task at a time fits; the message has the numbers and a remedy.
+    """
+    plan, cut = draft_pass(dataset, statistic, task=task, memory=memory, solution_bytes=solution_bytes)
+    check_plan(plan)
+    return plan, cut
+
+
+def draft_pass(
+    dataset: Dataset, statistic: Statistic[Any], *, task: str, memory: int | str | None, solution_bytes: int = 0
+) -> tuple[Plan, list[Span]]:
+    """Return the plan of a reduction, whether it fits or not, and its spans.
+
     Parameters
     ----------
     dataset : Dataset
@@ -38,11 +55,6 @@ def plan_pass(
         The limit; see `memory_limit`.
     solution_bytes : int
         What the solver needs afterwards.
-
-    Raises
-    ------
-    MemoryLimitExceeded
-        Not even one task at a time fits; the message has the numbers and a remedy.
     """
     workers = worker_count()
     tile_bytes = min(dataset.tile_rows, dataset.stored_rows) * (dataset.n_features + dataset.n_targets) * 8
@@ -71,7 +83,7 @@ def plan_pass(
         waiting += FAN_IN - 1
     task_bytes = dataset.reader_bytes + left + 2 * statistic.nbytes
     waiting_bytes = min(waiting, len(cut)) * left
-    plan = make_plan(
+    plan = draft_plan(
         dataset,
         cut,
         task=task,
@@ -84,7 +96,27 @@ def plan_pass(
     return plan, cut
 
 
-def make_plan(
+def check_plan(plan: Plan) -> None:
+    """Raise `MemoryLimitExceeded` unless a plan fits into its limit with one task at a time."""
+    if not plan.fits:
+        needed = plan.base_bytes + max(plan.result_bytes + plan.task_bytes, plan.solution_bytes)
+        raise MemoryLimitExceeded(
+            f"one task at a time needs {format_bytes(needed)} ({format_bytes(plan.base_bytes)} for Python; then "
+            f"{format_bytes(plan.task_bytes)} for decoded chunks and tiles and {format_bytes(plan.result_bytes)} for results and "
+            f"buffers, and later {format_bytes(plan.solution_bytes)} to solve for {plan.n_features:,} columns), and the limit is "
+            f"{format_bytes(plan.limit_bytes)} ({plan.limit_source}); raise memory_limit (--memory-limit), rewrite the store with "
+            "smaller chunks, or use fewer columns"
+        )
+
+
+def make_plan(dataset: Dataset, cut: list[Span], **needs: Any) -> Plan:
+    """Return what `draft_plan` does, or raise `MemoryLimitExceeded`."""
+    plan = draft_plan(dataset, cut, **needs)
+    check_plan(plan)
+    return plan
+
+
+def draft_plan(
     dataset: Dataset,
     cut: list[Span],
     *,
@@ -93,29 +125,22 @@ def make_plan(
     task_bytes: int,
     result_bytes: int,
     solution_bytes: int = 0,
+    passes: int = 1,
     memory: int | str | None,
 ) -> Plan:
-    """Return the plan of these spans with as many tasks at once as the limit allows, or raise `MemoryLimitExceeded`.
+    """Return the plan of these spans with as many tasks at once as the limit allows; none where not even one fits.
 
     The solution is made when no task runs any more, so the peak is the larger of the two.
     """
     limit, source = memory_limit(memory)
     base = memory_in_use(source)
     at_once = min(worker_count(), len(cut), max(limit - base - result_bytes, 0) // task_bytes)
-    if at_once < 1 or base + solution_bytes > limit:
-        raise MemoryLimitExceeded(
-            f"one task at a time needs {format_bytes(base + max(result_bytes + task_bytes, solution_bytes))} "
-            f"({format_bytes(base)} for Python; then {format_bytes(task_bytes)} for decoded chunks and tiles and "
-            f"{format_bytes(result_bytes)} for results, and later {format_bytes(solution_bytes)} to solve for "
-            f"{dataset.n_features:,} columns), and the limit is {format_bytes(limit)} ({source}); raise memory_limit "
-            "(--memory-limit), rewrite the store with smaller chunks, or use fewer columns"
-        )
     return Plan(
         solver=task,
         n_rows=dataset.stored_rows,
         n_features=dataset.n_features,
         n_targets=dataset.n_targets,
-        passes=1,
+        passes=passes,
         tile_rows=dataset.tile_rows,
         n_spans=len(cut),
         n_tasks=len(cut) + merges,

@@ -33,6 +33,8 @@ class Event:
         The same in decoded bytes.
     seconds : float
         Since the pass began.
+    note : str
+        What else there is to tell, a line; empty for nothing.
     """
 
     task: str
@@ -41,6 +43,7 @@ class Event:
     bytes: int
     bytes_total: int
     seconds: float
+    note: str = ""
 
 
 Callback = Callable[[Event], None]
@@ -162,6 +165,8 @@ def progress_bar() -> Iterator[Callback]:
             if event.task not in shown:
                 shown[event.task] = bar.add_task(event.task, total=event.bytes_total)
             bar.update(shown[event.task], completed=event.bytes)
+            if event.note:
+                bar.console.print(event.note, highlight=False)
 
         yield show
 

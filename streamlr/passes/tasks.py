@@ -26,11 +26,8 @@ def span_tasks(dataset: Dataset, cut: Sequence[Span], name: str, function: Any, 
     """Return one task for each span, given integers, one shared description of the dataset, and blocks of Dask arrays."""
     sizes = tuple(span.stop - span.start for span in cut)
     lazy = [rows.in_rows(sizes).to_delayed().ravel() for rows in dataset.arrays if isinstance(rows, DaskRows)]
-    described: list[Any] = [
-        _Computed(rows.label, rows.n_columns) if isinstance(rows, DaskRows) else rows for rows in dataset.arrays
-    ]
     key = arguments[-1]
-    shared = delayed(dataset.with_rows(described), traverse=False, name=f"dataset-{key}")
+    shared = delayed(_described(dataset), traverse=False, name=f"dataset-{key}")
     context = [delayed(value, traverse=False, name=f"context-{key}-{i}") for i, value in enumerate(arguments)]
     return [
         delayed(function)(shared, span, *context, *(blocks[i] for blocks in lazy), dask_key_name=f"{name}-{key}-{i}")
@@ -54,6 +51,14 @@ def with_blocks(dataset: Dataset, span: Span, lazy: Sequence[Any]) -> Dataset:
         else:
             arrays.append(rows)
     return dataset.with_rows(arrays)
+
+
+def with_computed(dataset: Dataset, span: Span) -> Dataset:
+    """Compute the rows of a span of every Dask array, here and now, and put them in the arrays' places."""
+    lazy = [rows.array[span.start : span.stop] for rows in dataset.arrays if isinstance(rows, DaskRows)]
+    options = {"scheduler": "sync"} if is_threaded() else {}  # who calls this is one of several threads already
+    with errors_of_graphs(dataset):
+        return with_blocks(_described(dataset), span, dask_compute(*lazy, **options))
 
 
 def compute(root: Delayed, tasks_at_once: int) -> Any:
@@ -98,6 +103,14 @@ def end(dataset: Dataset, before: str | None, tally: Tally) -> None:
         _check_stores(dataset, complete=False)
         if dataset.current_fingerprint() != before:
             raise _changed(dataset)
+
+
+def _described(dataset: Dataset) -> Dataset:
+    """Return the dataset with places in it for the computed blocks of its Dask arrays."""
+    described: list[Any] = [
+        _Computed(rows.label, rows.n_columns) if isinstance(rows, DaskRows) else rows for rows in dataset.arrays
+    ]
+    return dataset.with_rows(described)
 
 
 def _check_stores(dataset: Dataset, *, complete: bool) -> bool:

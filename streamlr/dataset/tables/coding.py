@@ -27,7 +27,7 @@ from streamlr.files import read_json
 
 # what a model file says of itself: stated here, since this floor reads its coding and the floor of models stands on this one
 MODEL_FORMAT = "streamlr model"
-MODEL_VERSION = 1
+MODEL_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)

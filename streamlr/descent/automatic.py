@@ -1,0 +1,159 @@
+"""What needs no tuning: coordinates and learning rate from a sample of rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamlr.descent.objective import Objective
+from streamlr.descent.options import Descent
+from streamlr.descent.scaling import Coordinates, plain_coordinates, standard_coordinates
+from streamlr.descent.schedules import Constant, Steps, as_schedule
+from streamlr.descent.steps import Walk
+from streamlr.descent.updates import Adam
+from streamlr.errors import UsageError
+
+Array = NDArray[np.float64]
+SAMPLE_ROWS = 32_768
+SAMPLE_BYTES = 64 * 2**20
+MOST_WHITENED = 1_000  # features; beyond, p^2 numbers and the eigenvectors cost more than they save
+FLOOR = 1e-12  # of the largest eigenvalue of a sample: below is rounding
+ADAM_RATE = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Automatic:
+    r"""A rate that holds, and then falls like the weight of one more number in a mean.
+
+    .. math:: \alpha_t = \min(\alpha_0, c / \max(1, t - \mathrm{hold}))
+
+    Where the Hessian is twice the identity, which is what whitening makes of it, the last iterate is then a mean of those that
+    single steps would lead to, with weights that grow like t.
+
+    Attributes
+    ----------
+    rate : float
+        alpha_0.
+    hold : int
+        Steps before the fall begins.
+    share : float
+        c.
+    """
+
+    rate: float
+    hold: int
+    share: float = 1.0
+
+    def __call__(self, step: Steps) -> Array:
+        """Return alpha at `step`."""
+        return np.minimum(self.rate, self.share / np.maximum(np.asarray(step, dtype=np.float64) + 1 - self.hold, 1.0))
+
+
+def sample_rows(width: int) -> int:
+    """Return how many rows a sample has."""
+    return max(min(SAMPLE_ROWS, SAMPLE_BYTES // (8 * width)), 1)
+
+
+def sample_bytes(width: int) -> int:
+    """Return what a sample takes: itself, its prepared rows, as much to work with, and the whitening."""
+    whitening = 6 * 8 * width**2 if width <= MOST_WHITENED else 0
+    return 4 * 8 * width * sample_rows(width) + whitening
+
+
+def walk_of(
+    sample: Array,
+    options: Descent,
+    *,
+    n_features: int,
+    n_targets: int,
+    weighted: bool,
+    fit_intercept: bool,
+    ridge: float,
+    n_rows: int,
+) -> Walk:
+    """Return how to go down: in which coordinates, by which rule, at which rate.
+
+    With scale="auto" the columns are whitened where p is at most 1,000 and the sample has 3p rows or is everything, else they are
+    standardised.
+
+    Parameters
+    ----------
+    sample : (m, p + k), or (m, p + k + 1) float64
+        Rows [x y w].
+    options : Descent
+        What was asked for.
+    n_features, n_targets, weighted : int, int, bool
+        What the columns of the sample are.
+    fit_intercept, ridge
+        As for `fit`.
+    n_rows : int
+        Rows to train on.
+
+    Raises
+    ------
+    UsageError
+        Whitening was asked for, of too many columns.
+
+    References
+    ----------
+    Bach and Moulines (2013), Non-strongly-convex smooth stochastic approximation with convergence rate O(1/n), theorem 1, for the
+    constant R^2; Jain, Kakade, Kidambi, Netrapalli and Sidford (2018), Parallelizing stochastic gradient descent for least squares
+    regression, section 3.1, for batches.
+    """
+    columns, weights = (sample[:, :-1], sample[:, -1]) if weighted else (sample, None)
+    if options.scale is None:
+        coordinates = plain_coordinates(weights, n_features, n_targets, intercept=fit_intercept)
+    else:
+        coordinates = standard_coordinates(columns, weights, n_features, intercept=fit_intercept)
+    rows = np.empty((len(columns), coordinates.width))
+    coordinates.prepare(columns, weights, rows)
+    if options.scale == "whiten" and n_features > MOST_WHITENED:
+        raise UsageError(
+            f"scale is 'whiten' and there are {n_features:,} features; allowed are up to {MOST_WHITENED:,}: use 'standard'"
+        )
+    enough = n_features <= MOST_WHITENED and len(sample) >= min(n_rows, 3 * n_features)
+    whitens = options.scale == "whiten" or (options.scale == "auto" and options.mode != "gd" and enough)
+    transform = whitening(coordinates, rows, n_rows) if whitens else None
+    objective = Objective(coordinates, options.batch_rows(n_rows), ridge)
+    average, rule = bool(options.average), options.rule
+    if options.learning_rate != "auto":
+        return Walk(objective, transform, rule, as_schedule(options.learning_rate), None, average)
+    most, heavy = curvature(coordinates, rows, transform)
+    if options.mode == "gd":
+        return Walk(objective, transform, rule, Constant(1.0), 2 * most, average)
+    m = objective.batch_rows
+    steps = -(-n_rows // m) * (options.max_epochs or 1)
+    hold = steps // (10 if whitens else 2)
+    if isinstance(rule, Adam):  # its steps have a size of their own
+        return Walk(objective, transform, rule, Automatic(ADAM_RATE, hold), None, average)
+    rate = m / (2 * (heavy + (m - 1) * most))
+    return Walk(objective, transform, rule, Automatic(rate / rule.gain, hold, 1 / rule.gain), n_rows * most, average)
+
+
+def whitening(coordinates: Coordinates, rows: Array, n_rows: int) -> Array:
+    """Return T (d, d) that makes the columns of a sample uncorrelated and of unit variance, and leaves the column of ones alone.
+
+    A direction that the sample does not show is given the variance that one row among all may have.
+    """
+    p = coordinates.n_features
+    a, _, w = coordinates.parts(rows)
+    z = a[:, :p] if w is None else a[:, :p] * np.sqrt(w)
+    values, vectors = np.linalg.eigh(z.T @ z / max(len(z), 1))
+    top = max(float(values[-1]), np.finfo(np.float64).tiny)
+    transform = np.eye(coordinates.n_trained)
+    transform[:p, :p] = vectors / np.sqrt(np.where(values > FLOOR * top, values, top / n_rows))
+    return transform
+
+
+def curvature(coordinates: Coordinates, rows: Array, transform: Array | None) -> tuple[float, float]:
+    """Return, of a sample of Z = AT, the largest eigenvalue of Z'WZ / W, and the mean of w |z|^2 weighted by w |z|^2."""
+    a, _, w = coordinates.parts(rows)
+    z = a if transform is None else a @ transform
+    z = z if w is None else z * np.sqrt(w)
+    squares = np.einsum("ij,ij->i", z, z)
+    gram = z.T @ z if len(z) >= z.shape[1] else z @ z.T
+    most = float(np.linalg.eigvalsh(gram)[-1]) / max(len(z), 1)
+    total = float(squares.sum())
+    return max(most, float(np.finfo(np.float64).tiny)), float(squares @ squares) / total if total else 1.0

@@ -1,0 +1,279 @@
+"""The descent over batches: epochs, records, divergence, and a state that can be written down between any two stretches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from time import monotonic
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamlr.aggregates.cost import Cost, Residuals
+from streamlr.aggregates.moments import MomentsOf
+from streamlr.dataset.blocks import Block
+from streamlr.descent.options import Descent
+from streamlr.descent.steps import Iterate, Walk
+from streamlr.descent.stopping import Record, flat, level, spent
+from streamlr.descent.updates import Average, Best
+from streamlr.errors import Diverged
+
+Array = NDArray[np.float64]
+SEEN_ROWS = 8192  # residuals are added up by so many; between two such sums nothing is pending, and the state can be kept
+GROWN = 10.0  # times the cost of the start: by then nobody believes that it comes back
+RUINED = 1e3  # within an epoch
+
+
+class Seen(NamedTuple):
+    """What the steps of the running epoch met.
+
+    Attributes
+    ----------
+    residuals : Residuals
+        In the user's units.
+    squares : (2,) float64
+        Sums of squares of the residuals, and of what they were at the start, in units of the targets' scale.
+    steps : int
+        Steps of this epoch.
+    """
+
+    residuals: Residuals
+    squares: Array
+    steps: int
+
+
+class State(NamedTuple):
+    """Everything that a descent needs in order to go on; what a checkpoint holds.
+
+    Attributes
+    ----------
+    here : Iterate
+        Coefficients, the rule's memory, the average.
+    best : Best
+        The best coefficients so far, by the watched cost at the end of an epoch.
+    epoch : int
+        Epochs finished.
+    rows : int
+        Rows used.
+    position : tuple of int
+        How far the running epoch has come, for whoever provides the rows; empty at its start.
+    seen : Seen
+        What was met in it.
+    first_norm : float
+        Norm of the mean gradient of the first epoch.
+    seconds : float
+        Time used.
+    history : tuple of Record
+        What was recorded.
+    stopped : str
+        Why it ended; empty while it runs.
+    """
+
+    here: Iterate
+    best: Best
+    epoch: int
+    rows: int
+    position: tuple[int, ...]
+    seen: Seen
+    first_norm: float
+    seconds: float
+    history: tuple[Record, ...]
+    stopped: str
+
+
+Epoch = Callable[[int, tuple[int, ...]], Iterator[tuple[Array, tuple[int, ...]]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Loop:
+    """A descent over epochs of batches.
+
+    Attributes
+    ----------
+    options : Descent
+        When to record and when to stop.
+    walk : Walk
+        How steps are taken.
+    target_names : tuple of str
+        Names of the k targets.
+    epoch : callable
+        (number, position) -> iterator of prepared rows, in whole batches, and the position behind them.
+    validate : callable or None
+        (coef, intercept) -> Cost on held-out rows.
+    record : callable
+        Called with each record.
+    save : callable
+        Called with states that may be kept; it decides which.
+    """
+
+    options: Descent
+    walk: Walk
+    target_names: tuple[str, ...]
+    epoch: Epoch
+    validate: Callable[[Array, Array], Cost] | None
+    record: Callable[[Record], None]
+    save: Callable[[State], None]
+
+    def start(self) -> State:
+        """Return the state before the first step."""
+        here = self.walk.start()
+        return State(here, Best(here.b, np.inf), 0, 0, (), self._nothing(), 0.0, 0.0, (), "")
+
+    def run(self, state: State) -> State:
+        """Go down from a state until a rule says why to stop.
+
+        Raises
+        ------
+        Diverged
+            The coefficients left the range of float64, or the cost grew tenfold.
+        """
+        while not state.stopped:
+            state = self._through_epoch(state)
+            self.save(state)
+        return state
+
+    def result(self, state: State) -> Array:
+        """Return the coefficients that a state stands for: the best by held-out rows, else the average, else the last."""
+        return state.best.b if self.validate and state.epoch else self._candidate(state.here)
+
+    def _through_epoch(self, state: State) -> State:
+        options = self.options
+        began = monotonic() - state.seconds
+        here, rows, seen = state.here, state.rows, state.seen
+        if not state.position and restarts(state.epoch):
+            here = here._replace(average=Average(here.b, 0.0))
+        logged = rows
+        pending: list[tuple[Array, Array]] = []
+        for stretch, position in self.epoch(state.epoch, state.position):
+            with np.errstate(all="ignore"):  # what leaves the range of float64 is found below
+                here, residuals = self.walk.over(stretch, here)
+            pending.append((stretch[:, self.walk.objective.coordinates.n_trained :].copy(), residuals))
+            rows += len(stretch)
+            if sum(len(residuals) for _, residuals in pending) < SEEN_ROWS:
+                continue
+            seen, pending = self._added(seen, pending, here.step), []
+            state = state._replace(here=here, rows=rows, position=tuple(position), seen=seen, seconds=monotonic() - began)
+            self._check(state, RUINED)
+            if options.log_every is not None and rows // options.log_every > logged // options.log_every:
+                logged = rows
+                state = self._recorded(state, complete=False)
+            if spent(state.epoch, state.seconds, options):
+                break
+            self.save(state)
+        else:
+            if pending:
+                seen = self._added(seen, pending, here.step)
+            state = state._replace(here=here, rows=rows, seen=seen, seconds=monotonic() - began)
+            self._check(state, GROWN)
+            return self._ended(state)
+        return self._recorded(state, complete=False)._replace(stopped=spent(state.epoch, state.seconds, options) or "")
+
+    def _ended(self, state: State) -> State:
+        """Close an epoch: record it, remember the best coefficients, ask the rules."""
+        options = self.options
+        state = self._recorded(state, complete=True)
+        record = state.history[-1]
+        state = state._replace(
+            best=state.best.of(self._candidate(state.here), record.watched),
+            first_norm=state.first_norm or record.gradient_norm,
+            here=state.here._replace(gradients=np.zeros_like(state.here.gradients)),
+            epoch=state.epoch + 1,
+            position=(),
+            seen=self._nothing(),
+        )
+        reason = (
+            level(state.history, state.first_norm, options.gradient_tol)
+            or flat(state.history, options.tol, options.patience)
+            or spent(state.epoch, state.seconds, options)
+        )
+        return state._replace(stopped=reason or "")
+
+    def _nothing(self) -> Seen:
+        columns = MomentsOf(self.target_names, self.target_names)
+        return Seen(Residuals(np.zeros(len(self.target_names)), columns.empty()), np.zeros(2), 0)
+
+    def _added(self, seen: Seen, pending: list[tuple[Array, Array]], step: int) -> Seen:
+        """Add up residuals in the user's units, and squares in those of the targets' scale."""
+        coordinates, k = self.walk.objective.coordinates, len(self.target_names)
+        behind = np.concatenate([behind for behind, _ in pending])
+        residuals = np.concatenate([residuals for _, residuals in pending])
+        targets, w = behind[:, :k], behind[:, k] if coordinates.weighted else np.ones(len(behind))
+        with np.errstate(all="ignore"):
+            squares = np.array([(w @ residuals**2).sum(), (w @ targets**2).sum()])
+            if not np.isfinite(squares).all():
+                return seen._replace(squares=seen.squares + squares)
+            scale, mean = coordinates.target_scale, coordinates.target_mean
+            columns = np.hstack([residuals * scale, targets * scale + mean])
+        weights = w * coordinates.mean_weight
+        block = Block(0, len(columns), columns, weights if coordinates.weighted else None, k)
+        added = Residuals(weights @ np.abs(columns[:, :k]), MomentsOf(self.target_names, self.target_names).of(block))
+        steps = seen.steps + -(-len(columns) // self.walk.objective.batch_rows)
+        return Seen(seen.residuals + added, seen.squares + squares, steps)
+
+    def _check(self, state: State, growth: float) -> None:
+        """Raise where the descent goes up."""
+        now, start = state.seen.squares
+        finite = np.isfinite(state.here.b).all() and np.isfinite(now)
+        if finite and now <= growth * max(start, np.finfo(np.float64).tiny):
+            return
+        what = (
+            f"the cost has grown to {now / start:.3g} times that of the start"
+            if finite
+            else "the coefficients left float64's range"
+        )
+        raise diverged(self.walk, state.here.step, state.best.b, state.history, what)
+
+    def _candidate(self, here: Iterate) -> Array:
+        return here.average.b if self.walk.average and here.average.rows else here.b
+
+    def _recorded(self, state: State, *, complete: bool) -> State:
+        record = self._record(state, complete=complete)
+        self.record(record)
+        return state._replace(history=(*state.history, record))
+
+    def _record(self, state: State, *, complete: bool) -> Record:
+        here, coordinates = state.here, self.walk.objective.coordinates
+        validation = None
+        if complete and self.validate is not None:
+            validation = self.validate(*coordinates.to_user(self._candidate(here)))
+        return Record(
+            epoch=state.epoch + 1,
+            steps=here.step,
+            rows=state.rows,
+            learning_rate=float(self.walk.schedule(max(here.step - 1, 0))),
+            cost=state.seen.residuals.cost(),
+            validation=validation,
+            gradient_norm=float(np.linalg.norm(here.gradients) / max(state.seen.steps, 1)),
+            gap=None,
+            scale=self.walk.scale,
+            seconds=state.seconds,
+            complete=complete,
+        )
+
+
+def restarts(epoch: int) -> bool:
+    """Whether the average starts anew before this epoch, counted from 0: at the first and at every power of two.
+
+    It so covers the last third to the last half of the epochs, without being told how many there will be.
+
+    Examples
+    --------
+    >>> [epoch for epoch in range(20) if restarts(epoch)]
+    [0, 1, 2, 4, 8, 16]
+    """
+    return epoch & (epoch - 1) == 0
+
+
+def diverged(walk: Walk, step: int, b: Array, history: tuple[Record, ...], what: str) -> Diverged:
+    """Return the error of a descent that goes up, with the best coefficients so far and what to do next."""
+    coef, intercept = walk.objective.coordinates.to_user(b)
+    rate = float(walk.schedule(max(step - 1, 0)))
+    scaled = "" if walk.scale != "none" else ", or scale='auto'"
+    message = (
+        f"diverged: {what} after {step:,} steps with a learning rate of {rate:.3g}; choose a lower one, or "
+        f"learning_rate='auto'{scaled} (the best coefficients so far, of {len(history)} records, are in the error's coef and "
+        "intercept)"
+    )
+    one = len(intercept) == 1
+    return Diverged(message, coef[:, 0] if one else coef, float(intercept[0]) if one else intercept, list(history))

@@ -1,0 +1,78 @@
+"""The cost of a batch of prepared rows: its gradient, and its curvature along a direction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamlr.descent.scaling import Coordinates
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    r"""The penalised cost of a batch B, in squared units of the targets' scale.
+
+    .. math:: J_B(b) = \frac1m \sum_{i \in B} w_i (y_i - a_i'b)^2 + \lambda |b_{user}|^2
+
+    The sum is divided by the nominal size m of a batch and w measured in its mean, so that every row counts alike, also those of a
+    last batch that is shorter.
+
+    Attributes
+    ----------
+    coordinates : Coordinates
+        What rows were prepared with.
+    batch_rows : int
+        m.
+    ridge : float
+        lambda, on the coefficients in the user's units.
+    """
+
+    coordinates: Coordinates
+    batch_rows: int
+    ridge: float
+
+    def gradient(self, rows: Array, b: Array) -> tuple[Array, Array]:
+        r"""Return the gradient (d, k), and the residuals y - a'b (m', k) met on the way.
+
+        .. math:: \nabla J_B = \frac2m A'W(Ab - y) + 2 \lambda D^{-2} b
+
+        Parameters
+        ----------
+        rows : (m', width) float64
+            Prepared rows; m' is m, or fewer in a last batch.
+        b : (d, k) float64
+            Coefficients.
+        """
+        a, y, w = self.coordinates.parts(rows)
+        residuals = y - a @ b
+        gradient = a.T @ (residuals if w is None else w * residuals)
+        gradient *= -2 / self.batch_rows
+        if self.ridge:
+            gradient += self._penalty(rows, b)
+        return gradient, residuals
+
+    def curvature(self, rows: Array, direction: Array) -> Array:
+        r"""Return, for each target, the curvature (k,) of the batch along a direction.
+
+        .. math:: \kappa = v' \nabla^2 J_B v
+
+        Parameters
+        ----------
+        rows : (m', width) float64
+            Prepared rows.
+        direction : (d, k) float64
+            v.
+        """
+        a, _, w = self.coordinates.parts(rows)
+        ahead = a @ direction
+        kappa = np.einsum("ij,ij->j", ahead, ahead if w is None else w * ahead) * (2 / self.batch_rows)
+        if self.ridge:
+            kappa += np.einsum("ij,ij->j", direction, self._penalty(rows, direction))
+        return np.asarray(kappa)
+
+    def _penalty(self, rows: Array, b: Array) -> Array:
+        return self.coordinates.penalty(b, self.ridge) * (len(rows) / self.batch_rows)

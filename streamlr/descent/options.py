@@ -1,0 +1,191 @@
+"""Descent: the options of the iterative solvers, as a value."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from streamlr.descent.schedules import Schedule, as_schedule
+from streamlr.descent.updates import Update, as_update
+from streamlr.errors import UsageError
+
+MODES = ("gd", "minibatch", "sgd")
+SCALES = ("auto", "standard", "whiten", None)
+BATCH_ROWS = 256
+# what None stands for: in full-batch descent, and in the two stochastic modes
+DEFAULTS: dict[str, tuple[Any, Any]] = {
+    "max_epochs": (10_000, 10),
+    "tol": (0.0, 1e-6),
+    "gradient_tol": (1e-9, 0.0),
+    "shuffle": (False, True),
+}
+STOCHASTIC = ("batch_size", "buffer_rows", "log_every", "shuffle", "average")  # no options of full-batch descent
+WHOLE = {"batch_size": 1, "max_epochs": 1, "patience": 1, "seed": 0, "buffer_rows": 1, "log_every": 1, "checkpoint_every": 1}
+
+
+@dataclass(frozen=True, slots=True)
+class Descent:
+    r"""Go down the gradient of the cost, step by step.
+
+    .. math:: \theta \leftarrow \theta - \alpha \frac2m X_B'(X_B \theta - y_B)
+
+    Parameters
+    ----------
+    mode : "minibatch", "sgd" or "gd"
+        Steps of a batch of rows, of one row, or of all rows. "gd" needs one pass in all where p^2 numbers fit the memory limit,
+        since moments of the rows tell the gradient; else a pass for each step.
+    batch_size : int or None
+        m, for "minibatch"; None for 256, or all rows where there are fewer.
+    learning_rate : "auto", float or Schedule
+        alpha: a number, a schedule of `streamlr.descent.schedules`, or "auto", from the curvature of a sample, falling, and capped
+        at each batch where it would overshoot.
+    update : "plain", "momentum", "nesterov", "adam" or a rule of `streamlr.descent.updates`
+        What a gradient does.
+    scale : "auto", "standard", "whiten" or None
+        Coordinates: columns centred and in units of their deviation; decorrelated besides, by the eigenvectors of a sample; as they
+        are. "auto" whitens where p is at most 1,000 and the sample has rows enough; else, and for "gd", it is "standard".
+        Coefficients come back in the user's units.
+    max_epochs : int or None
+        Passes over the training rows at most; None for 10, and 10,000 for "gd".
+    tol : float or None
+        Stop when for `patience` epochs the watched cost, 1 - R^2, has not fallen by this share; 0 for never; None for 1e-6, and 0
+        for "gd".
+    patience : int
+        See `tol`.
+    gradient_tol : float or None
+        Stop when the norm of the gradient has fallen to this share of what it was at the start; 0 for never; None for 0, and 1e-9
+        for "gd".
+    max_seconds : float or None
+        Stop after so long; None for never.
+    validation : float
+        Share of the rows, from 0 to below 1, that is held out, by a hash of a row's position, and watched instead of the training
+        rows; the best coefficients by their cost are returned. Another reading of the store per epoch.
+    seed : int
+        Of the order of rows, the sample and the held-out rows.
+    shuffle : bool or None
+        Chunks in random order, rows in a buffer; None for True. False for rows as stored.
+    average : bool or None
+        Return the mean of late iterates (Polyak and Juditsky 1992) and not the last; None for True where a learning rate is given,
+        since the automatic one falls in a way that makes the last iterate a mean.
+    buffer_rows : int or None
+        Rows of the shuffle buffer; None for four chunks, at least 64 MiB.
+    log_every : int or None
+        Rows after which a record is added to the history within an epoch.
+    checkpoint_every : int or None
+        Rows after which `fit(checkpoint=)` writes; None for every 15 seconds.
+
+    Raises
+    ------
+    UsageError
+        An option is not one of those allowed, or none of this mode.
+
+    References
+    ----------
+    Robbins and Monro (1951), A stochastic approximation method, equation 8; Bottou, Curtis and Nocedal (2018), Optimization methods
+    for large-scale machine learning, algorithm 4.1.
+
+    Examples
+    --------
+    >>> Descent("minibatch", max_epochs=3).batch_size is None
+    True
+    """
+
+    mode: str = "minibatch"
+    batch_size: int | None = None
+    learning_rate: str | float | Schedule = "auto"
+    update: str | Update = "plain"
+    scale: str | None = "auto"
+    max_epochs: int | None = None
+    tol: float | None = None
+    patience: int = 3
+    gradient_tol: float | None = None
+    max_seconds: float | None = None
+    validation: float = 0.0
+    seed: int = 0
+    shuffle: bool | None = None
+    average: bool | None = None
+    buffer_rows: int | None = None
+    log_every: int | None = None
+    checkpoint_every: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (("mode", self.mode, MODES), ("scale", self.scale, SCALES)):
+            if value not in allowed:
+                raise UsageError(f"{name} is {value!r}; allowed are {', '.join(map(repr, allowed))}")
+        self._check_foreign()
+        if self.average is None:
+            object.__setattr__(self, "average", self.mode != "gd" and self.learning_rate != "auto")
+        for name, (full, stochastic) in DEFAULTS.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, full if self.mode == "gd" else stochastic)
+        for name, least in WHOLE.items():
+            _check_whole(name, getattr(self, name), least)
+        for name in ("shuffle", "average"):
+            if not isinstance(getattr(self, name), bool):
+                raise UsageError(f"{name} is {getattr(self, name)!r}; allowed are True and False")
+        for name, high in (("tol", 1.0), ("gradient_tol", 1.0), ("validation", 1.0)):
+            _check_number(name, getattr(self, name), high)
+        if self.max_seconds is not None:
+            _check_number("max_seconds", self.max_seconds, np.inf)
+        as_update(self.update)
+        if self.learning_rate != "auto":
+            if isinstance(self.learning_rate, str):
+                raise UsageError(
+                    f"learning_rate is {self.learning_rate!r}; allowed are 'auto', a number above zero, and a schedule"
+                )
+            as_schedule(self.learning_rate)
+
+    def _check_foreign(self) -> None:
+        """Refuse options that this mode would ignore."""
+        foreign = STOCHASTIC if self.mode == "gd" else ("batch_size",) if self.mode == "sgd" else ()
+        if self.mode != "minibatch" and (named := [name for name in foreign if getattr(self, name) is not None]):
+            raise UsageError(f"{named[0]} is no option of mode {self.mode!r}; leave it out, or choose mode 'minibatch'")
+        if self.shuffle is False and self.buffer_rows is not None:
+            raise UsageError("buffer_rows is the size of the shuffle buffer, and shuffle is False; leave one of them out")
+
+    @property
+    def rule(self) -> Update:
+        """The update rule."""
+        return as_update(self.update)
+
+    def batch_rows(self, n_rows: int) -> int:
+        """Return the rows of a batch, for so many rows in all.
+
+        Raises
+        ------
+        UsageError
+            A batch was asked for that is larger than that.
+        """
+        if self.mode == "sgd":
+            return 1
+        if self.batch_size is not None and self.batch_size > n_rows:
+            raise UsageError(
+                f"batch_size is {self.batch_size:,} and there are {n_rows:,} rows to train on; choose a smaller one, or mode 'gd'"
+            )
+        return min(self.batch_size or BATCH_ROWS, n_rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the options as JSON values; equal options, equal values."""
+        options = asdict(self)
+        for name, value in (("update", self.rule), ("learning_rate", self.learning_rate)):
+            options[name] = value if isinstance(value, str) else _described(value)
+        return options
+
+
+def _described(value: Any) -> Any:
+    if not hasattr(value, "__dataclass_fields__"):
+        return [_described(one) for one in value] if isinstance(value, tuple) else float(value)
+    return [type(value).__name__, *(_described(getattr(value, name)) for name in value.__dataclass_fields__)]
+
+
+def _check_whole(name: str, value: Any, least: int) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least):
+        raise UsageError(f"{name} is {value!r}; allowed are whole numbers from {least} on")
+
+
+def _check_number(name: str, value: Any, high: float) -> None:
+    if not isinstance(value, int | float | np.number) or isinstance(value, bool) or not 0 <= value < high:
+        bound = "on" if high == np.inf else f"to below {high:g}"
+        raise UsageError(f"{name} is {value!r}; allowed are numbers from 0 {bound}")

@@ -1,0 +1,156 @@
+"""The order in which descent sees rows: as stored, or shuffled in a buffer, with a place to start again from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+class Piece(NamedTuple):
+    """Consecutive kept rows of one unit of reading.
+
+    Attributes
+    ----------
+    unit : int
+        Number of the unit in the order of this epoch.
+    offset : int
+        Kept rows of that unit before these.
+    rows : (m, width) float64
+        The rows; valid until the next piece is asked for.
+    """
+
+    unit: int
+    offset: int
+    rows: Array
+
+
+class Position(NamedTuple):
+    """How far an epoch has come, and where to read from in order to go on: what a checkpoint keeps of the order.
+
+    Attributes
+    ----------
+    rows : int
+        Rows handed out so far.
+    round : int
+        The round of the buffer that has to be filled again; see `shuffled`.
+    unit, offset : int
+        Its first row: the unit, and the kept rows of that unit before it.
+    """
+
+    rows: int = 0
+    round: int = 0
+    unit: int = 0
+    offset: int = 0
+
+
+Stretch = tuple[Array, Position]
+
+
+def as_stored(pieces: Iterator[Piece], height: int, width: int, start: Position) -> Iterator[Stretch]:
+    """Cut rows into stretches of `height`, the last perhaps shorter, in the order in which they come.
+
+    Parameters
+    ----------
+    pieces : iterator of Piece
+        Rows from `start` on.
+    height, width : int
+        Rows of a stretch, numbers of a row.
+    start : Position
+        Where to go on.
+
+    Yields
+    ------
+    rows : (height, width) float64
+        Valid until the next are asked for.
+    position : Position
+        The place behind them.
+    """
+    out, filled, handed = np.empty((height, width)), 0, start.rows
+    for unit, offset, rows in pieces:
+        first = 0
+        while first < len(rows):
+            count = min(len(rows) - first, height - filled)
+            out[filled : filled + count] = rows[first : first + count]
+            first, filled = first + count, filled + count
+            if filled == height:
+                handed, filled = handed + height, 0
+                yield out, Position(handed, 0, unit, offset + first)
+    if filled:
+        yield out[:filled], Position(handed + filled)
+
+
+def shuffled(
+    pieces: Iterator[Piece], height: int, width: int, start: Position, *, capacity: int, seed: tuple[int, ...]
+) -> Iterator[Stretch]:
+    """Shuffle rows in a buffer while they pass, and cut them into stretches.
+
+    The first `capacity` rows fill the buffer: round 0. In each round after it, slots are visited in an order of their own; a slot
+    hands out its row and takes the next that comes in. A row so leaves after 1 to 2 `capacity` others, and after the last round
+    the buffer is emptied in random order. What the buffer holds at any time are rows of this round and the one before, so that
+    reading from the start of the round before fills it again.
+
+    Parameters
+    ----------
+    pieces, height, width, start
+        As for `as_stored`.
+    capacity : int
+        Rows of the buffer.
+    seed : tuple of int
+        Another seed, another order; the epoch belongs in it.
+
+    Yields
+    ------
+    rows, position
+        As for `as_stored`.
+
+    Examples
+    --------
+    >>> rows = np.arange(6.0)[:, None]
+    >>> stretches = shuffled(iter([Piece(0, 0, rows)]), 2, 1, Position(), capacity=4, seed=(0,))
+    >>> found = [float(x) for out, _ in stretches for x in out[:, 0]]
+    >>> sorted(found), found != sorted(found)
+    ([0.0, 1.0, 2.0, 3.0, 4.0, 5.0], True)
+    """
+    buffer, out = np.empty((capacity, width)), np.empty((height, width))
+    number, at, slots = start.round, 0, _slots(seed, start.round, capacity)
+    handed = max(number - 1, 0) * capacity  # rows up to `start.rows` are counted again, not handed out again
+    here = before = start
+    for unit, offset, rows in pieces:
+        first = 0
+        while first < len(rows):
+            if at == capacity:
+                number, at = number + 1, 0
+                slots = _slots(seed, number, capacity)
+            if at == 0:
+                before, here = here, Position(0, number, unit, offset + first)
+            filled = handed % height
+            count = min(len(rows) - first, capacity - at, height - filled if number else capacity)
+            places = slots[at : at + count]
+            if number:
+                np.take(buffer, places, axis=0, out=out[filled : filled + count], mode="clip")  # "raise" would copy once more
+                handed += count
+            buffer[places] = rows[first : first + count]
+            first, at = first + count, at + count
+            if number and handed % height == 0 and handed > start.rows:
+                yield out, before._replace(rows=handed)
+    places = _slots(seed, number + 1, capacity if number else at)
+    done = 0
+    while done < len(places):
+        filled = handed % height
+        count = min(len(places) - done, height - filled)
+        np.take(buffer, places[done : done + count], axis=0, out=out[filled : filled + count], mode="clip")
+        done, handed = done + count, handed + count
+        if (handed % height == 0 or done == len(places)) and handed > start.rows:
+            yield out[: filled + count], before._replace(rows=handed)
+
+
+def _slots(seed: tuple[int, ...], number: int, capacity: int) -> NDArray[np.int64]:
+    """Return the order in which a round visits the slots, from the seed and the round alone."""
+    if number == 0:
+        return np.arange(capacity)
+    return np.random.default_rng((*seed, number)).permutation(capacity)

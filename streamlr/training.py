@@ -1,0 +1,245 @@
+"""train(): a dataset, gone down: rows from `passes`, steps from `descent`, a model at the end."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from time import monotonic
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamlr.aggregates.cost import Cost, ResidualsOf, cost_of_moments
+from streamlr.aggregates.moments import Moments, MomentsOf
+from streamlr.dataset.blocks import Plan
+from streamlr.dataset.dataset import Dataset
+from streamlr.descent.automatic import sample_bytes, sample_rows, walk_of
+from streamlr.descent.checkpoint import Checkpoint
+from streamlr.descent.full import FullLoop, Quadratic, Slope, SumsOf
+from streamlr.descent.loop import Loop
+from streamlr.descent.options import Descent
+from streamlr.descent.steps import Walk
+from streamlr.descent.stopping import Record
+from streamlr.direct.normal import solve_bytes, solve_normal
+from streamlr.direct.routes import Direct
+from streamlr.files import held
+from streamlr.model import FittedModel
+from streamlr.passes.memory import one_blas_thread
+from streamlr.passes.planning import draft_pass
+from streamlr.passes.progress import Callback, Event
+from streamlr.passes.reduce import Reduced, reduce
+from streamlr.passes.shuffle import Position
+from streamlr.passes.stream import Order, RowStream, plan_stream, unit_spans
+
+Array = NDArray[np.float64]
+SAMPLE_READ = 256 * 2**20  # bytes of the units that a sample is chosen from, but for the fewest
+FEWEST_UNITS, MOST_UNITS = 8, 32
+ITERATES = 12  # arrays of coefficients that a descent holds
+SHOWN_EVERY = 0.5  # seconds between records that are shown
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """A descent over a dataset.
+
+    Attributes
+    ----------
+    dataset : Dataset
+        All rows.
+    options : Descent
+        What was asked for.
+    fit_intercept, ridge, memory_limit
+        As for `fit`.
+    progress : callable or None
+        Called with events.
+    """
+
+    dataset: Dataset
+    options: Descent
+    fit_intercept: bool = True
+    ridge: float = 0.0
+    memory_limit: int | str | None = None
+    progress: Callback | None = None
+
+    def plan(self) -> Plan:
+        """Return what a descent would take.
+
+        Raises
+        ------
+        MemoryLimitExceeded
+            It does not fit.
+        UsageError
+            A batch is larger than the data.
+        """
+        rows, _ = self._parts()
+        if self.options.mode == "gd" and self._by_moments(rows):
+            return self._draft_moments(rows)
+        order, width = self._order(rows)
+        return plan_stream(
+            rows,
+            order,
+            task=self.options.mode,
+            width=width,
+            state_bytes=sample_bytes(width) + ITERATES * 8 * width * rows.n_targets,
+            passes=self.options.max_epochs or 1,
+            memory=self.memory_limit,
+        )
+
+    def run(self, checkpoint: str | os.PathLike[str] | None) -> FittedModel:
+        """Go down, from a checkpoint where there is one, and return the model with its cost on the rows it was trained on.
+
+        Raises
+        ------
+        Diverged
+            The cost goes up.
+        MemoryLimitExceeded, DataError, UsageError
+            As for `fit`.
+        """
+        rows, held_out = self._parts()
+        plan = self.plan()
+        with nullcontext() if checkpoint is None else held(checkpoint), one_blas_thread():
+            kept = None if checkpoint is None else Checkpoint(checkpoint, self._identity(), self.options.checkpoint_every)
+            walk = self._walk(rows, plan.tasks_at_once)
+            full = self.options.mode == "gd"
+            loop = self._full_loop(rows, held_out, walk, kept) if full else self._loop(rows, held_out, walk, kept, plan)
+            state: Any = loop.start() if kept is None else kept.load(loop.start())
+            state = loop.run(state)
+            coef, intercept = walk.objective.coordinates.to_user(loop.result(state))
+            reduced = self._residuals(rows, coef, intercept)
+        return FittedModel.of_descent(
+            self.dataset,
+            coef,
+            intercept,
+            reduced.value.cost(),
+            reduced.tally,
+            route=self.options.mode,
+            fit_intercept=self.fit_intercept,
+            ridge=self.ridge,
+            history=state.history,
+            stopped=state.stopped,
+        )
+
+    def _parts(self) -> tuple[Dataset, Dataset | None]:
+        """Return the rows to train on, and those held out."""
+        if not self.options.validation:
+            return self.dataset, None
+        return self.dataset.split(self.options.validation, seed=self.options.seed)
+
+    def _order(self, rows: Dataset) -> tuple[Order, int]:
+        options = self.options
+        width = rows.n_features + self.fit_intercept + rows.n_targets + (rows.weights is not None)
+        return Order(options.batch_rows(rows.n_rows), options.seed, bool(options.shuffle), options.buffer_rows), width
+
+    def _walk(self, rows: Dataset, readers: int) -> Walk:
+        """Look at a sample, and return how to go down."""
+        width = rows.n_features + rows.n_targets + (rows.weights is not None)
+        order = Order(1, self.options.seed)
+        stream = RowStream(rows, order, _as_read, width=width, readers=readers, task="sample", progress=self.progress)
+        unit = max(span.stop - span.start for span in unit_spans(rows)) * rows.row_bytes
+        units = min(max(SAMPLE_READ // unit, FEWEST_UNITS), MOST_UNITS)
+        return walk_of(
+            stream.sample(sample_rows(width), units),
+            self.options,
+            n_features=rows.n_features,
+            n_targets=rows.n_targets,
+            weighted=rows.weights is not None,
+            fit_intercept=self.fit_intercept,
+            ridge=self.ridge,
+            n_rows=rows.n_rows,
+        )
+
+    def _loop(self, rows: Dataset, held_out: Dataset | None, walk: Walk, kept: Checkpoint | None, plan: Plan) -> Loop:
+        order, width = self._order(rows)
+        prepare = walk.objective.coordinates.prepare
+        task, readers = self.options.mode, plan.tasks_at_once
+        stream = RowStream(rows, order, prepare, width=width, readers=readers, task=task, progress=self.progress)
+
+        def epoch(number: int, position: tuple[int, ...]) -> Iterator[tuple[Array, tuple[int, ...]]]:
+            return stream.epoch(number, Position(*position))
+
+        validate = self._validation(held_out)
+        save = _nothing if kept is None else kept.save
+        return Loop(self.options, walk, rows.target_names, epoch, validate, self._record(rows), save)
+
+    def _full_loop(self, rows: Dataset, held_out: Dataset | None, walk: Walk, kept: Checkpoint | None) -> FullLoop:
+        """Return the descent by moments where p^2 numbers fit the plan, else by a pass for each step."""
+        optimum, slope, validate = None, self._slope_by_data(rows, walk), self._validation(held_out)
+        if self._by_moments(rows):
+            moments = self._moments(rows)
+            solution = solve_normal(moments, Direct(), fit_intercept=self.fit_intercept, ridge=self.ridge)
+            optimum = np.atleast_1d(cost_of_moments(moments, solution.coef, solution.intercept).mse)
+            slope = Quadratic(moments, walk.objective.coordinates, self.ridge).slope
+            if held_out is not None:
+                unseen = self._moments(held_out)
+
+                def validate(coef: Array, intercept: Array) -> Cost:
+                    return cost_of_moments(unseen, coef, intercept)
+
+        save = _nothing if kept is None else kept.save
+        return FullLoop(self.options, walk, slope, rows.n_rows, optimum, validate, self._record(rows), save)
+
+    def _by_moments(self, rows: Dataset) -> bool:
+        return self._draft_moments(rows).fits
+
+    def _draft_moments(self, rows: Dataset) -> Plan:
+        statistic = MomentsOf(rows.feature_names, rows.target_names)
+        needed = 2 * statistic.nbytes + solve_bytes(rows.n_features, rows.n_targets)
+        return draft_pass(rows, statistic, task="gd", memory=self.memory_limit, solution_bytes=needed)[0]
+
+    def _moments(self, rows: Dataset) -> Moments:
+        statistic = MomentsOf(rows.feature_names, rows.target_names)
+        return reduce(rows, statistic, task="moments", memory_limit=self.memory_limit, progress=self.progress).value
+
+    def _slope_by_data(self, rows: Dataset, walk: Walk) -> Callable[[Array], Slope]:
+        def slope(b: Array) -> Slope:
+            statistic = SumsOf(walk.objective.coordinates, b, rows.target_names)
+            reduced = reduce(rows, statistic, task="gradient", memory_limit=self.memory_limit, progress=self.progress)
+            return statistic.slope(reduced.value, self.ridge)
+
+        return slope
+
+    def _validation(self, held_out: Dataset | None) -> Callable[[Array, Array], Cost] | None:
+        if held_out is None:
+            return None
+        return lambda coef, intercept: self._residuals(held_out, coef, intercept).value.cost()
+
+    def _residuals(self, rows: Dataset, coef: Array, intercept: Array) -> Reduced[Any]:
+        statistic = ResidualsOf(coef, intercept, rows.target_names)
+        return reduce(rows, statistic, task="cost", memory_limit=self.memory_limit, progress=self.progress)
+
+    def _record(self, rows: Dataset) -> Callable[[Record], None]:
+        """Return what shows records: the first, and then as often as eyes can follow."""
+        shown = [float("-inf")]
+
+        def record(seen: Record) -> None:
+            if self.progress is not None and monotonic() - shown[0] >= SHOWN_EVERY:
+                shown[0] = monotonic()
+                total = rows.stored_rows
+                size = rows.row_bytes
+                self.progress(Event(self.options.mode, total, total, total * size, total * size, seen.seconds, str(seen)))
+
+        return record
+
+    def _identity(self) -> dict[str, Any]:
+        """Return what a checkpoint belongs to."""
+        options = self.options.to_dict()
+        del options["checkpoint_every"]  # when it is written changes nothing in it
+        return {
+            "fingerprint": self.dataset.fingerprint,
+            "options": options,
+            "fit_intercept": self.fit_intercept,
+            "ridge": self.ridge,
+        }
+
+
+def _as_read(columns: Array, weights: Array | None, out: Array) -> None:
+    out[:, : columns.shape[1]] = columns
+    if weights is not None:
+        out[:, -1] = weights
+
+
+def _nothing(_: Any) -> None:
+    """Keep nothing."""
