@@ -2,82 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
 import sys
-import traceback
-import warnings
-from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
-from functools import wraps
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from streamlr.errors import DataError, ResourceError, StreamlrError
-from streamlr.files import check_output, to_json
-
-STOPPED = 128  # a process that a signal stopped ends with this and the signal's number: 130 or 143
-app = typer.Typer(
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    add_completion=False,
-    help="Linear regression on data larger than memory: exact, in one pass over the rows.",
-    epilog="Exit status: 0 done; 1 a bug of ours; 2 usage; 3 the data are wrong or incomplete; 4 the numbers failed; "
-    "5 memory or disk; 130 interrupted, 143 terminated.",
-)
-
-
-class Stopped(BaseException):
-    """Ctrl-C or SIGTERM came. No `KeyboardInterrupt`, for which each version of typer has an end of its own."""
-
-    def __init__(self, number: int) -> None:
-        self.exit_status = STOPPED + number
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a command has to say: `text` for people, `facts` for programs."""
-
-    text: str
-    facts: dict[str, Any]
-    exit_status: int = field(default=0)
-
-
-def command(function: Callable[..., Outcome]) -> Callable[..., None]:
-    """Register a command: print its outcome, or what went wrong and what to do, and end with the status that belongs to it."""
-
-    @app.command()
-    @wraps(function)
-    def run(*args: Any, **options: Any) -> None:
-        as_json = bool(options.get("as_json"))
-        try:
-            with warnings.catch_warnings():
-                warnings.showwarning = _show_warning
-                outcome = function(*args, **options)
-        except Stopped as stop:
-            facts = {"error": "Interrupted", "message": "interrupted; nothing was left half-written"}
-            outcome = Outcome("", facts, stop.exit_status)
-        except StreamlrError as error:
-            outcome = _failure(error, error.exit_status)
-        except (MemoryError, OSError) as error:  # also a full disk, a folder that may not be written
-            outcome = _failure(error, ResourceError.exit_status)
-        except Exception as error:
-            traceback.print_exc()
-            outcome = _failure(error, StreamlrError.exit_status)
-        if "error" in outcome.facts:
-            _print(f"error: {outcome.facts['message']}", err=True)
-        if as_json:
-            _print(json.dumps(to_json({**outcome.facts, "exit_status": outcome.exit_status}), allow_nan=False))
-        elif outcome.text:
-            _print(outcome.text)
-        raise typer.Exit(outcome.exit_status)
-
-    return run
-
+from streamlr.errors import DataError, UsageError
+from streamlr.files import check_output
+from streamlr.terminal import Outcome, command, echo, run_app
 
 Data = Annotated[str, typer.Argument(metavar="DATA", help="A zarr array or group.", show_default=False)]
 ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help="A model file that `fit --out` wrote.", show_default=False)]
@@ -90,6 +25,9 @@ AllowMissing = Annotated[bool, typer.Option("--allow-missing-chunks", help="Read
 Target = Annotated[str | None, typer.Option(help="Name of the target, or several with commas; by default what the store says.")]
 Features = Annotated[str | None, typer.Option(help="A 2-D array, or names of arrays or columns with commas.")]
 Weights = Annotated[str | None, typer.Option(help="Name of the weights.")]
+SOLVERS = "auto|normal|gd|minibatch|sgd"
+SCHEDULES = {"constant": "Constant", "inverse": "InverseScaling", "exponential": "Exponential", "cosine": "Cosine"}
+DESCENT: dict[str, Any] = {"rich_help_panel": "Gradient descent", "show_default": False}
 
 
 @command
@@ -97,10 +35,10 @@ def demo(
     folder: Annotated[Path, typer.Option("--dir", help="Where to put the demo's files.")] = Path("streamlr-demo"),
     as_json: Json = False,
 ) -> Outcome:
-    """Fit real flights: ingest 336,776 rows of CSV, fit, evaluate, predict, and print the coefficients."""
+    """Fit real flights: ingest 336,776 rows of CSV, fit exactly and by mini-batches, evaluate, predict, print the coefficients."""
     from streamlr.demo import run_demo
 
-    text, facts = run_demo(folder, say=lambda line: _print(line, err=as_json))
+    text, facts = run_demo(folder, say=lambda line: echo(line, err=as_json))
     return Outcome(text, facts)
 
 
@@ -119,7 +57,6 @@ def ingest(
 ) -> Outcome:
     """Turn CSV or Parquet files into a store that can be checked and fitted."""
     from streamlr.dataset.ingest import ingest as run
-    from streamlr.errors import UsageError
     from streamlr.passes.progress import row_counter
 
     if len(paths) < 2:
@@ -183,7 +120,7 @@ def fit(
     data: Data,
     target: Target = None,
     features: Features = None,
-    solver: Annotated[str, typer.Option(metavar="auto|normal", help="How to solve.")] = "auto",
+    solver: Annotated[str, typer.Option(metavar=SOLVERS, help="Exactly, in one pass; or by gradient descent.")] = "auto",
     ridge: Annotated[float, typer.Option(help="Penalty on |b|^2: scikit-learn's alpha divided by the sum of weights.")] = 0.0,
     out: Annotated[Path | None, typer.Option(help="Write the model to this JSON file.")] = None,
     weights: Weights = None,
@@ -194,23 +131,77 @@ def fit(
     threads: Threads = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
+    batch_size: Annotated[int | None, typer.Option(help="Rows of a batch, for minibatch; by default 256.", **DESCENT)] = None,
+    learning_rate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|NUMBER|NAME:A,B", help=f"A schedule by its name and numbers: {', '.join(SCHEDULES)}.", **DESCENT
+        ),
+    ] = None,
+    update: Annotated[
+        str | None, typer.Option(metavar="plain|momentum|nesterov|adam", help="What a gradient does.", **DESCENT)
+    ] = None,
+    scale: Annotated[
+        str | None, typer.Option(metavar="auto|standard|whiten|none", help="Coordinates that steps are taken in.", **DESCENT)
+    ] = None,
+    max_epochs: Annotated[int | None, typer.Option(help="Passes at most: by default 10, and 10,000 for gd.", **DESCENT)] = None,
+    tol: Annotated[
+        float | None,
+        typer.Option(help="Stop when 1 - R^2 falls by less than this share of itself, for --patience epochs.", **DESCENT),
+    ] = None,
+    patience: Annotated[int | None, typer.Option(help="See --tol; by default 3.", **DESCENT)] = None,
+    gradient_tol: Annotated[float | None, typer.Option(help="Stop at this share of the first gradient's norm.", **DESCENT)] = None,
+    max_seconds: Annotated[float | None, typer.Option(help="Stop after so long.", **DESCENT)] = None,
+    validation: Annotated[float | None, typer.Option(help="Share of the rows that is held out and watched.", **DESCENT)] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the order of rows and of the held-out rows.", **DESCENT)] = None,
+    shuffle: Annotated[bool | None, typer.Option(help="Rows in random order, or as stored.", **DESCENT)] = None,
+    average: Annotated[bool | None, typer.Option(help="Return the mean of late iterates, or the last.", **DESCENT)] = None,
+    buffer_rows: Annotated[int | None, typer.Option(help="Rows of the shuffle buffer; by default four chunks.", **DESCENT)] = None,
+    log_every: Annotated[int | None, typer.Option(help="Rows between records within an epoch.", **DESCENT)] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Keep the state in this file, and go on from it where it exists.", **DESCENT)
+    ] = None,
+    checkpoint_every: Annotated[
+        int | None, typer.Option(help="Rows between checkpoints; by default every 15 seconds.", **DESCENT)
+    ] = None,
 ) -> Outcome:
-    """Fit a linear model to every row, in one pass, and print its coefficients."""
+    """Fit a linear model to every row, exactly or by gradient descent, and print its coefficients."""
     from streamlr.api import fit as run
     from streamlr.passes.write import check_apart
 
+    chosen = _solver(
+        solver,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        update=update,
+        scale=scale,
+        max_epochs=max_epochs,
+        tol=tol,
+        patience=patience,
+        gradient_tol=gradient_tol,
+        max_seconds=max_seconds,
+        validation=validation,
+        seed=seed,
+        shuffle=shuffle,
+        average=average,
+        buffer_rows=buffer_rows,
+        log_every=log_every,
+        checkpoint_every=checkpoint_every,
+    )
     dataset = _open(data, target, features, weights, missing, allow_missing_chunks)
-    if out is not None:  # before the pass, not after it
-        check_output(out, overwrite=overwrite)
-        check_apart(dataset, out)
+    for path, replaced in ((out, overwrite), (checkpoint, True)):  # before the pass, not after it
+        if path is not None:
+            check_output(path, overwrite=replaced)
+            check_apart(dataset, path)
     with _workers(threads), _progress() as progress:
         model = run(
             dataset,
-            solver,
+            chosen,
             fit_intercept=not no_intercept,
             ridge=ridge,
             memory_limit=memory_limit,
             progress=progress or False,
+            checkpoint=checkpoint,
         )
     lines = [str(model.summary())]
     if out is not None:
@@ -269,40 +260,43 @@ def predict(
     return Outcome(f"{out}: {tally.rows:,} predictions{lacking}", facts)
 
 
-def main() -> None:
-    """Run the command line; Ctrl-C and SIGTERM end it, wherever it is, by an exception that lets everybody tidy up."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as a shell leaves it for commands in the background
-            signal.signal(number, _stop)
+def _solver(name: str, **options: Any) -> Any:
+    """Return what --solver names, with those options of a descent that were given."""
+    from streamlr.descent.options import MODES, Descent
+
+    given = {option: value for option, value in options.items() if value is not None}
+    if name not in MODES:
+        if given:
+            flag = "--" + next(iter(given)).replace("_", "-")
+            raise UsageError(
+                f"{flag} is an option of gradient descent, and the solver is {name!r}; add --solver minibatch, sgd or gd"
+            )
+        return name
+    if given.get("scale") == "none":
+        given["scale"] = None
+    if "learning_rate" in given:
+        given["learning_rate"] = _learning_rate(given["learning_rate"])
+    return Descent(name, **given)
+
+
+def _learning_rate(text: str) -> Any:
+    """Return what --learning-rate names: "auto", a number, or a schedule such as cosine:0.1,1000."""
+    from streamlr.descent import schedules
+
+    if text == "auto":
+        return text
+    name, _, numbers = text.rpartition(":")
     try:
-        app()
-    except Stopped as stop:
-        raise SystemExit(stop.exit_status) from None
-    except OSError as error:  # the help, printed by typer to a full disk
-        _print(f"error: {error}", err=True)
-        _silence(sys.stdout)
-        raise SystemExit(ResourceError.exit_status) from None
-
-
-def _stop(number: int, _: Any) -> None:
-    signal.signal(number, signal.SIG_IGN)  # the same once more, as impatience has it, must not cut the tidying short
-    raise Stopped(number)
-
-
-def _print(text: str, *, err: bool = False) -> None:
-    """Print, even if nobody reads it; but what was asked for and cannot be written ends the process with status 5."""
-    try:
-        typer.echo(text, err=err)
-    except OSError as error:
-        _silence(sys.stderr if err else sys.stdout)
-        if not err and not isinstance(error, BrokenPipeError):
-            _print(f"error: the output cannot be written: {error}", err=True)
-            raise SystemExit(ResourceError.exit_status) from error
-
-
-def _silence(stream: Any) -> None:
-    """Lead a stream that cannot be written nowhere: what is still in its buffer would fail once more at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        values = [float(number) for number in numbers.split(",")]
+        return getattr(schedules, SCHEDULES[name or "constant"])(*values)
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, UsageError):
+            raise
+        allowed = ", ".join(f"{name}:..." for name in SCHEDULES)
+        raise UsageError(
+            f"the learning rate is {text!r}; allowed are auto, a number, and {allowed} with the schedule's numbers, such as "
+            "cosine:0.1,1000"
+        ) from error
 
 
 def _open(data: str, target: str | None, features: str | None, weights: str | None, missing: str, allow: bool) -> Any:
@@ -334,12 +328,9 @@ def _progress() -> Any:
     return progress_bar() if sys.stderr.isatty() else nullcontext()
 
 
-def _failure(error: BaseException, status: int) -> Outcome:
-    return Outcome("", {"error": type(error).__name__, "message": str(error) or type(error).__name__}, status)
-
-
-def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    _print(f"warning: {message}", err=True)
+def main() -> None:
+    """Run the command line."""
+    run_app()
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ FLOORS = [
     "estimators",
     "inspection",
     "demo",
+    "terminal",
     "cli",
 ]
 # what makes tasks, or runs them; `dask.array` alone builds graphs, which is what a lazy prediction is

@@ -1,0 +1,121 @@
+"""What every command shares: how it is registered, what it prints, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import wraps
+from typing import Any
+
+import typer
+
+from streamlr.errors import ResourceError, StreamlrError
+from streamlr.files import to_json
+
+STOPPED = 128  # a process that a signal stopped ends with this and the signal's number: 130 or 143
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    help="Linear regression on data larger than memory: exact, in one pass over the rows.",
+    epilog="Exit status: 0 done; 1 a bug of ours; 2 usage; 3 the data are wrong or incomplete; 4 the numbers failed; "
+    "5 memory or disk; 130 interrupted, 143 terminated.",
+)
+
+
+class Stopped(BaseException):
+    """Ctrl-C or SIGTERM came. No `KeyboardInterrupt`, for which each version of typer has an end of its own."""
+
+    def __init__(self, number: int) -> None:
+        self.exit_status = STOPPED + number
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command has to say: `text` for people, `facts` for programs."""
+
+    text: str
+    facts: dict[str, Any]
+    exit_status: int = field(default=0)
+
+
+def command(function: Callable[..., Outcome]) -> Callable[..., None]:
+    """Register a command: print its outcome, or what went wrong and what to do, and end with the status that belongs to it."""
+
+    @app.command()
+    @wraps(function)
+    def run(*args: Any, **options: Any) -> None:
+        as_json = bool(options.get("as_json"))
+        try:
+            with warnings.catch_warnings():
+                warnings.showwarning = _show_warning
+                outcome = function(*args, **options)
+        except Stopped as stop:
+            facts = {"error": "Interrupted", "message": "interrupted; nothing was left half-written"}
+            outcome = Outcome("", facts, stop.exit_status)
+        except StreamlrError as error:
+            outcome = _failure(error, error.exit_status)
+        except (MemoryError, OSError) as error:  # also a full disk, a folder that may not be written
+            outcome = _failure(error, ResourceError.exit_status)
+        except Exception as error:
+            traceback.print_exc()
+            outcome = _failure(error, StreamlrError.exit_status)
+        if "error" in outcome.facts:
+            echo(f"error: {outcome.facts['message']}", err=True)
+        if as_json:
+            echo(json.dumps(to_json({**outcome.facts, "exit_status": outcome.exit_status}), allow_nan=False))
+        elif outcome.text:
+            echo(outcome.text)
+        raise typer.Exit(outcome.exit_status)
+
+    return run
+
+
+def run_app() -> None:
+    """Run the command line; Ctrl-C and SIGTERM end it, wherever it is, by an exception that lets everybody tidy up."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as a shell leaves it for commands in the background
+            signal.signal(number, _stop)
+    try:
+        app()
+    except Stopped as stop:
+        raise SystemExit(stop.exit_status) from None
+    except OSError as error:  # the help, printed by typer to a full disk
+        echo(f"error: {error}", err=True)
+        _silence(sys.stdout)
+        raise SystemExit(ResourceError.exit_status) from None
+
+
+def _stop(number: int, _: Any) -> None:
+    signal.signal(number, signal.SIG_IGN)  # the same once more, as impatience has it, must not cut the tidying short
+    raise Stopped(number)
+
+
+def echo(text: str, *, err: bool = False) -> None:
+    """Print, even if nobody reads it; but what was asked for and cannot be written ends the process with status 5."""
+    try:
+        typer.echo(text, err=err)
+    except OSError as error:
+        _silence(sys.stderr if err else sys.stdout)
+        if not err and not isinstance(error, BrokenPipeError):
+            echo(f"error: the output cannot be written: {error}", err=True)
+            raise SystemExit(ResourceError.exit_status) from error
+
+
+def _silence(stream: Any) -> None:
+    """Lead a stream that cannot be written nowhere: what is still in its buffer would fail once more at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _failure(error: BaseException, status: int) -> Outcome:
+    return Outcome("", {"error": type(error).__name__, "message": str(error) or type(error).__name__}, status)
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    echo(f"warning: {message}", err=True)
