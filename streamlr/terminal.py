@@ -23,7 +23,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
-    help="Linear regression on data larger than memory: exact, in one pass over the rows.",
+    help="Linear regression on data larger than memory: exactly, in one pass over the rows, or by gradient descent.",
     epilog="Exit status: 0 done; 1 a bug of ours; 2 usage; 3 the data are wrong or incomplete; 4 the numbers failed; "
     "5 memory or disk; 130 interrupted, 143 terminated.",
 )

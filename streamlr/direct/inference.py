@@ -105,6 +105,12 @@ class Summary:
         lines = [self.head]
         m = len(self.names)
         for j, target in enumerate(self.target_names):
+            if np.isnan(self.std_err).all():  # under ridge, and after a descent
+                lines += ["", f"{target:<{width}} {'coef':>14}"]
+                lines += [
+                    f"{name:<{width}} {coef:>14.7g}" for name, coef in zip(self.names, self.coef.reshape(m, -1)[:, j], strict=True)
+                ]
+                continue
             columns = [values.reshape(m, -1)[:, j] for values in (self.coef, self.std_err, self.t, self.p)]
             low, high = self.conf_int.reshape(m, -1, 2)[:, j].T
             lines += ["", f"{target:<{width}} {'coef':>14} {'std err':>12} {'t':>11} {'p':>9} {f'{self.level:.0%} interval':>28}"]
