@@ -29,6 +29,7 @@ def make_data(
     rows_per_chunk: Annotated[int, typer.Option(help="rows in a chunk")] = 65_536,
     rows_per_shard: Annotated[int | None, typer.Option(help="rows in a shard; none by default")] = None,
     offset: Annotated[float, typer.Option(help="mean of every feature, whose standard deviation is 1")] = 0.0,
+    weights: Annotated[bool, typer.Option("--weights", help="an array `weights` besides, uniform between 0.5 and 1.5")] = False,
     noise: Annotated[float, typer.Option(help="standard deviation of the errors")] = 1.0,
     seed: Annotated[int, typer.Option(help="another seed, other numbers")] = 0,
 ) -> None:
@@ -53,6 +54,7 @@ def make_data(
 
     x = create("X", features, dtype)
     y = create("y", None if targets == 1 else targets, "float64")
+    w = create("weights", None, "float64") if weights else None
     step = rows_per_shard or rows_per_chunk
     for number, start in enumerate(range(0, rows, step)):
         generator = np.random.default_rng([seed, 1 + number])
@@ -61,6 +63,8 @@ def make_data(
         response = 3.0 + stored.astype(np.float64) @ coef + noise * generator.normal(size=(len(block), targets))
         x[start : start + len(block)] = stored
         y[start : start + len(block)] = response[:, 0] if targets == 1 else response
+        if w is not None:
+            w[start : start + len(block)] = generator.uniform(0.5, 1.5, len(block))
     group.attrs.update({"coef": coef.tolist(), "intercept": 3.0})
 
 
