@@ -17,3 +17,4 @@ from .estimators import LinearRegression as LinearRegression
 from .estimators import Ridge as Ridge
 from .model import FittedModel as FittedModel
 from .model_files import load_model as load_model
+from .sgd_estimator import SGDRegressor as SGDRegressor

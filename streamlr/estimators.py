@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Self
 
 import numpy as np
@@ -19,38 +21,12 @@ from streamlr.errors import RankWarning, UsageError
 from streamlr.model import FittedModel
 
 
-class _Exact(MultiOutputMixin, RegressorMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn ships no types
-    """What the exact estimators share: moments in, coefficients out."""
+class LinearEstimator(MultiOutputMixin, RegressorMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn ships no types
+    """What all estimators share: rows in, a model out, and scikit-learn's names for what is in it."""
 
     fit_intercept: bool
     n_features_in_: int
-
-    def fit(self, X: Any, y: Any, sample_weight: ArrayLike | None = None) -> Self:
-        """Fit to all rows, in one pass over them.
-
-        Parameters
-        ----------
-        X : array, (n, p)
-            NumPy-like, a Dask array or a zarr array; the latter two are read chunk by chunk and never loaded.
-        y : array, (n,) or (n, k)
-            Target or targets.
-        sample_weight : array, (n,), optional
-            Non-negative weights.
-        """
-        moments = self._moments(X, y, sample_weight, reset=True)
-        return self._settle(moments)
-
-    def partial_fit(self, X: Any, y: Any, sample_weight: ArrayLike | None = None) -> Self:
-        """Fit to these rows and all rows before them: exactly what one fit to all of them gives, to rounding.
-
-        Parameters
-        ----------
-        X, y, sample_weight
-            As for `fit`. On an error the estimator stays as it was.
-        """
-        first = not hasattr(self, "moments_")
-        moments = self._moments(X, y, sample_weight, reset=first)
-        return self._settle(moments if first else self.moments_ + moments)
+    model_: FittedModel
 
     def predict(self, X: Any) -> Any:
         """Return b0 + X b, lazily for a Dask array; chunk by chunk for a zarr array.
@@ -87,27 +63,23 @@ class _Exact(MultiOutputMixin, RegressorMixin, BaseEstimator):  # type: ignore[m
             return float(super().score(X, y, sample_weight))
         return float(np.mean(evaluate(self.model_, Dataset(X, y, sample_weight)).r2))
 
-    def _moments(self, X: Any, y: Any, sample_weight: Any, *, reset: bool) -> Moments:
+    def _dataset(self, X: Any, y: Any, sample_weight: Any, *, reset: bool) -> Dataset:
+        """Return rows as a dataset: NumPy-like ones checked by scikit-learn; not Dask and zarr arrays, which it would load."""
         if _is_chunked(X) or _is_chunked(y):
-            return self._chunked_moments(X, y, sample_weight, reset=reset)
-        X, y = validate_data(self, X, y, reset=reset, dtype="numeric", multi_output=True, y_numeric=True)
-        if sample_weight is not None:
-            from sklearn.utils.validation import _check_sample_weight
+            if reset and hasattr(self, "feature_names_in_"):
+                del self.feature_names_in_  # these arrays have no names
+        else:
+            X, y = validate_data(self, X, y, reset=reset, dtype="numeric", multi_output=True, y_numeric=True)
+            if sample_weight is not None:
+                from sklearn.utils.validation import _check_sample_weight
 
-            sample_weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
-        self._one_target_as_column = y.ndim == 2 and y.shape[1] == 1
-        return accumulate(Dataset(X, y, sample_weight, feature_names=getattr(self, "feature_names_in_", None)))
-
-    def _chunked_moments(self, X: Any, y: Any, sample_weight: Any, *, reset: bool) -> Moments:
-        if reset and hasattr(self, "feature_names_in_"):
-            del self.feature_names_in_  # these arrays have no names
+                sample_weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
         dataset = Dataset(X, y, sample_weight, feature_names=getattr(self, "feature_names_in_", None))
         if not reset:
             self._check_columns(dataset)
-        moments = accumulate(dataset)
         self.n_features_in_ = dataset.n_features
         self._one_target_as_column = getattr(y, "ndim", 1) == 2 and dataset.n_targets == 1
-        return moments
+        return dataset
 
     def _check_columns(self, dataset: Dataset) -> None:
         if dataset.n_features != self.n_features_in_:
@@ -116,17 +88,63 @@ class _Exact(MultiOutputMixin, RegressorMixin, BaseEstimator):  # type: ignore[m
                 "as input"
             )
 
-    def _settle(self, moments: Moments) -> Self:
-        """Solve, and copy the result into the attributes that scikit-learn's users know."""
-        with warnings.catch_warnings():  # as everywhere in scikit-learn a short rank is no news; `rank_` tells
-            warnings.simplefilter("ignore", RankWarning)
-            model = solve(moments, fit_intercept=self.fit_intercept, ridge=self._ridge(moments))
-        self.moments_, self.model_ = moments, model
+    def _show(self, model: FittedModel) -> None:
+        """Copy a model into the attributes that scikit-learn's users know."""
         columns = self._one_target_as_column
+        self.model_ = model
         self.coef_: NDArray[np.float64] = model.coef.T if model.coef.ndim == 2 else model.coef[None, :] if columns else model.coef
         intercept = np.atleast_1d(model.intercept) if columns else model.intercept
         self.intercept_: float | NDArray[np.float64] = intercept if self.fit_intercept else 0.0
-        self.rank_ = model.rank
+
+    @contextmanager
+    def _unchanged_on_error(self) -> Iterator[None]:
+        """Put every attribute back where something fails or is interrupted; none is ever changed in place."""
+        before = self.__dict__.copy()
+        try:
+            yield
+        except BaseException:
+            self.__dict__ = before
+            raise
+
+
+class _Exact(LinearEstimator):
+    """What the exact estimators share: moments in, coefficients out."""
+
+    def fit(self, X: Any, y: Any, sample_weight: ArrayLike | None = None) -> Self:
+        """Fit to all rows, in one pass over them.
+
+        Parameters
+        ----------
+        X : array, (n, p)
+            NumPy-like, a Dask array or a zarr array; the latter two are read chunk by chunk and never loaded.
+        y : array, (n,) or (n, k)
+            Target or targets.
+        sample_weight : array, (n,), optional
+            Non-negative weights.
+        """
+        with self._unchanged_on_error():
+            return self._settle(accumulate(self._dataset(X, y, sample_weight, reset=True)))
+
+    def partial_fit(self, X: Any, y: Any, sample_weight: ArrayLike | None = None) -> Self:
+        """Fit to these rows and all rows before them: exactly what one fit to all of them gives, to rounding.
+
+        Parameters
+        ----------
+        X, y, sample_weight
+            As for `fit`. On an error the estimator stays as it was.
+        """
+        first = not hasattr(self, "moments_")
+        with self._unchanged_on_error():
+            moments = accumulate(self._dataset(X, y, sample_weight, reset=first))
+            return self._settle(moments if first else self.moments_ + moments)
+
+    def _settle(self, moments: Moments) -> Self:
+        """Solve, and show the result."""
+        with warnings.catch_warnings():  # as everywhere in scikit-learn a short rank is no news; `rank_` tells
+            warnings.simplefilter("ignore", RankWarning)
+            model = solve(moments, fit_intercept=self.fit_intercept, ridge=self._ridge(moments))
+        self.moments_, self.rank_ = moments, model.rank
+        self._show(model)
         return self
 
     def _ridge(self, moments: Moments) -> float:
@@ -167,7 +185,6 @@ class LinearRegression(_Exact):
     array([2.])
     """
 
-    model_: FittedModel
     moments_: Moments
 
     def __init__(self, *, fit_intercept: bool = True) -> None:
@@ -198,7 +215,6 @@ class Ridge(_Exact):
     array([1.])
     """
 
-    model_: FittedModel
     moments_: Moments
 
     def __init__(self, alpha: float = 1.0, *, fit_intercept: bool = True) -> None:

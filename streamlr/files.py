@@ -11,6 +11,7 @@ import shutil
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from glob import escape
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ STORE_MARKS = ("zarr.json", ".zgroup", ".zarray")  # one of these makes a folder
 FILE, STORE, EMPTY = "a file", "a zarr store", "an empty folder"
 TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR)  # what a rename or link onto something ends with
 NO_LINKS = (errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.ENOSYS)  # and a link on a file system without hard links
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # and a lock on one without locks
 
 
 @contextmanager
@@ -163,34 +165,58 @@ def read_json(path: str | os.PathLike[str], kind: str, version: int) -> dict[str
 
 @contextmanager
 def held(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Keep other processes from holding the same path while the block runs; the system lets go of it when this one dies.
+    """Keep other runs from holding the same path while the block runs; the system lets go of it when this process dies.
+
+    What such a process left half written beside the path is removed. A file system that has no locks holds nothing: files are
+    replaced whole all the same, so that of two runs the later has its way.
 
     Raises
     ------
     UsageError
-        Another process holds it.
+        Another run holds it.
+    PathNotFound
+        The folder of the path does not exist.
+    OutputExists
+        The path is no file.
     """
     import fcntl
 
+    check_output(path, overwrite=True)
     place = Path(os.path.realpath(path))
     lock = place.with_name(f".{place.name}.lock")
     while True:
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise OSError(error.errno, f"{error.strerror}: {path} cannot be written there; choose another path") from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.exists(lock) and os.path.samestat(os.fstat(descriptor), os.stat(lock)):
+            if _leads_to(lock, descriptor):
+                for left in place.parent.glob(f".{escape(place.name)}.partial-*"):
+                    _remove(left)
                 break
         except BlockingIOError as error:
             os.close(descriptor)
-            raise UsageError(
-                f"{path} is being written by another process; wait until it has ended, or choose another path"
-            ) from error
+            raise UsageError(f"{path} is being written by another run; wait until it has ended, or choose another path") from error
+        except OSError as error:
+            if error.errno in NO_LOCKS:
+                break
+            os.close(descriptor)
+            raise
         os.close(descriptor)  # whoever held it has removed it since
     try:
         yield
     finally:
         lock.unlink(missing_ok=True)
         os.close(descriptor)
+
+
+def _leads_to(path: Path, descriptor: int) -> bool:
+    """Whether a path is still the name of an open file."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 def _kind(place: Path) -> str | None:

@@ -286,8 +286,8 @@ class FittedModel:
     def _head(self) -> str:
         rows = f"{self.n_rows:,} rows, {self.n_features} features"
         if self.rank is None or self.condition is None or self.digits is None or self.df_resid is None:
-            steps = f"{len(self.history):,} records; {self.stopped}; no standard errors" if self.history else self.stopped
-            lines = [f"{rows}, route {self.route}", steps, str(self.cost)]
+            epochs = sum(record.complete for record in self.history)
+            lines = [f"{rows}, route {self.route}", f"{epochs:,} epochs; {self.stopped}; no standard errors", str(self.cost)]
         else:
             lines = [
                 f"{rows}, rank {self.rank}, route {self.route}",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import monotonic
 from typing import Any
 
@@ -16,11 +16,13 @@ from streamlr.aggregates.cost import Cost, ResidualsOf, cost_of_moments
 from streamlr.aggregates.moments import Moments, MomentsOf
 from streamlr.dataset.blocks import Plan
 from streamlr.dataset.dataset import Dataset
+from streamlr.dataset.rows import MemoryRows
 from streamlr.descent.automatic import sample_bytes, sample_rows, walk_of
 from streamlr.descent.checkpoint import Checkpoint
-from streamlr.descent.full import FullLoop, Quadratic, Slope, SumsOf
+from streamlr.descent.full import FullLoop, Quadratic, Slope, SumsOf, penalised
 from streamlr.descent.loop import Loop
 from streamlr.descent.options import Descent
+from streamlr.descent.scaling import plain_coordinates
 from streamlr.descent.steps import Walk
 from streamlr.descent.stopping import Record
 from streamlr.direct.normal import solve_bytes, solve_normal
@@ -28,7 +30,7 @@ from streamlr.direct.routes import Direct
 from streamlr.files import held
 from streamlr.model import FittedModel
 from streamlr.passes.memory import one_blas_thread
-from streamlr.passes.planning import draft_pass
+from streamlr.passes.planning import draft_pass, plan_pass
 from streamlr.passes.progress import Callback, Event
 from streamlr.passes.reduce import Reduced, reduce
 from streamlr.passes.shuffle import Position
@@ -55,6 +57,8 @@ class Training:
         As for `fit`.
     progress : callable or None
         Called with events.
+    origin : tuple of (p, k) and (k,) float64, or None
+        Coefficients and intercepts to start from; None for zero.
     """
 
     dataset: Dataset
@@ -63,6 +67,7 @@ class Training:
     ridge: float = 0.0
     memory_limit: int | str | None = None
     progress: Callback | None = None
+    origin: tuple[Array, Array] | None = None
 
     def plan(self) -> Plan:
         """Return what a descent would take.
@@ -75,15 +80,16 @@ class Training:
             A batch is larger than the data.
         """
         rows, _ = self._parts()
-        if self.options.mode == "gd" and self._by_moments(rows):
-            return self._draft_moments(rows)
+        if self.options.mode == "gd":
+            moments = self._draft_moments(rows)
+            return moments if moments.fits else self._plan_slopes(rows)
         order, width = self._order(rows)
         return plan_stream(
             rows,
             order,
             task=self.options.mode,
             width=width,
-            state_bytes=sample_bytes(width) + ITERATES * 8 * width * rows.n_targets,
+            state_bytes=self._sample_bytes(rows) + ITERATES * 8 * width * rows.n_targets,
             passes=self.options.max_epochs or 1,
             memory=self.memory_limit,
         )
@@ -140,7 +146,7 @@ class Training:
         stream = RowStream(rows, order, _as_read, width=width, readers=readers, task="sample", progress=self.progress)
         unit = max(span.stop - span.start for span in unit_spans(rows)) * rows.row_bytes
         units = min(max(SAMPLE_READ // unit, FEWEST_UNITS), MOST_UNITS)
-        return walk_of(
+        walk = walk_of(
             stream.sample(sample_rows(width), units),
             self.options,
             n_features=rows.n_features,
@@ -150,6 +156,7 @@ class Training:
             ridge=self.ridge,
             n_rows=rows.n_rows,
         )
+        return replace(walk, origin=self.origin)
 
     def _loop(self, rows: Dataset, held_out: Dataset | None, walk: Walk, kept: Checkpoint | None, plan: Plan) -> Loop:
         order, width = self._order(rows)
@@ -167,10 +174,10 @@ class Training:
     def _full_loop(self, rows: Dataset, held_out: Dataset | None, walk: Walk, kept: Checkpoint | None) -> FullLoop:
         """Return the descent by moments where p^2 numbers fit the plan, else by a pass for each step."""
         optimum, slope, validate = None, self._slope_by_data(rows, walk), self._validation(held_out)
-        if self._by_moments(rows):
+        if self._draft_moments(rows).fits:
             moments = self._moments(rows)
             solution = solve_normal(moments, Direct(), fit_intercept=self.fit_intercept, ridge=self.ridge)
-            optimum = np.atleast_1d(cost_of_moments(moments, solution.coef, solution.intercept).mse)
+            optimum = penalised(cost_of_moments(moments, solution.coef, solution.intercept), solution.coef, self.ridge)
             slope = Quadratic(moments, walk.objective.coordinates, self.ridge).slope
             if held_out is not None:
                 unseen = self._moments(held_out)
@@ -179,15 +186,25 @@ class Training:
                     return cost_of_moments(unseen, coef, intercept)
 
         save = _nothing if kept is None else kept.save
-        return FullLoop(self.options, walk, slope, rows.n_rows, optimum, validate, self._record(rows), save)
+        return FullLoop(self.options, walk, slope, optimum, validate, self._record(rows), save)
 
-    def _by_moments(self, rows: Dataset) -> bool:
-        return self._draft_moments(rows).fits
+    def _sample_bytes(self, rows: Dataset) -> int:
+        whitens = self.options.mode != "gd" or self.options.scale == "whiten"
+        return sample_bytes(self._order(rows)[1], rows.n_rows, whitens=whitens)
 
     def _draft_moments(self, rows: Dataset) -> Plan:
+        """Return the plan of a full-batch descent by moments, whether it fits or not."""
         statistic = MomentsOf(rows.feature_names, rows.target_names)
-        needed = 2 * statistic.nbytes + solve_bytes(rows.n_features, rows.n_targets)
+        needed = max(2 * statistic.nbytes + solve_bytes(rows.n_features, rows.n_targets), self._sample_bytes(rows))
         return draft_pass(rows, statistic, task="gd", memory=self.memory_limit, solution_bytes=needed)[0]
+
+    def _plan_slopes(self, rows: Dataset) -> Plan:
+        """Return the plan of a full-batch descent by a pass for each step."""
+        coordinates = plain_coordinates(None, rows.n_features, rows.n_targets, intercept=self.fit_intercept)
+        statistic = SumsOf(coordinates, coordinates.start(), rows.target_names)
+        needed = self._sample_bytes(rows) + ITERATES * statistic.b.nbytes
+        plan, _ = plan_pass(rows, statistic, task="gd", memory=self.memory_limit, solution_bytes=needed)
+        return replace(plan, passes=self.options.max_epochs or 1)
 
     def _moments(self, rows: Dataset) -> Moments:
         statistic = MomentsOf(rows.feature_names, rows.target_names)
@@ -237,8 +254,25 @@ class Training:
 
 def _as_read(columns: Array, weights: Array | None, out: Array) -> None:
     out[:, : columns.shape[1]] = columns
-    if weights is not None:
-        out[:, -1] = weights
+    out[:, columns.shape[1] :] = 1.0 if weights is None else weights[:, None]
+
+
+def stretches_of(dataset: Dataset, batch_rows: int) -> Iterator[Array]:
+    """Yield rows [x y w], of weight 1 where there are no weights, in their order, in whole batches but for the last."""
+    arrays, width, order = dataset.arrays, dataset.n_features + dataset.n_targets + 1, Order(batch_rows, 0, shuffle=False)
+    if not all(isinstance(rows, MemoryRows) for rows in arrays):
+        plan = plan_stream(dataset, order, task="stream", width=width, state_bytes=2 * sample_bytes(width), passes=1, memory=None)
+        stream = RowStream(dataset, order, _as_read, width=width, readers=plan.tasks_at_once, task="stream", progress=None)
+        yield from (rows for rows, _ in stream.epoch(0))
+        return
+    height = order.stretch_rows(width)
+    for start in range(0, dataset.n_rows, height):  # what is in memory needs no threads, which take longer than a small batch
+        out = np.ones((min(height, dataset.n_rows - start), width))
+        first = 0
+        for rows in arrays:
+            rows.reader().read_into(out[:, first : first + rows.n_columns], start)
+            first += rows.n_columns
+        yield out
 
 
 def _nothing(_: Any) -> None:

@@ -26,6 +26,7 @@ FLOORS = [
     "training",
     "api",
     "estimators",
+    "sgd_estimator",
     "inspection",
     "demo",
     "terminal",

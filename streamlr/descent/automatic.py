@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,7 @@ from streamlr.descent.scaling import Coordinates, plain_coordinates, standard_co
 from streamlr.descent.schedules import Constant, Steps, as_schedule
 from streamlr.descent.steps import Walk
 from streamlr.descent.updates import Adam
-from streamlr.errors import UsageError
+from streamlr.errors import NumericalError, UsageError
 
 Array = NDArray[np.float64]
 SAMPLE_ROWS = 32_768
@@ -56,10 +56,10 @@ def sample_rows(width: int) -> int:
     return max(min(SAMPLE_ROWS, SAMPLE_BYTES // (8 * width)), 1)
 
 
-def sample_bytes(width: int) -> int:
-    """Return what a sample takes: itself, its prepared rows, as much to work with, and the whitening."""
-    whitening = 6 * 8 * width**2 if width <= MOST_WHITENED else 0
-    return 4 * 8 * width * sample_rows(width) + whitening
+def sample_bytes(width: int, n_rows: int = SAMPLE_ROWS, *, whitens: bool = True) -> int:
+    """Return what a sample of so many rows takes: itself, its prepared rows, as much to work with, and the whitening."""
+    whitening = 6 * 8 * width**2 if whitens and width <= MOST_WHITENED else 0
+    return 4 * 8 * width * min(sample_rows(width), n_rows) + whitening
 
 
 def walk_of(
@@ -95,6 +95,8 @@ def walk_of(
     ------
     UsageError
         Whitening was asked for, of too many columns.
+    NumericalError
+        The rows, or their squares, leave the range of float64.
 
     References
     ----------
@@ -107,20 +109,25 @@ def walk_of(
         coordinates = plain_coordinates(weights, n_features, n_targets, intercept=fit_intercept)
     else:
         coordinates = standard_coordinates(columns, weights, n_features, intercept=fit_intercept)
-    rows = np.empty((len(columns), coordinates.width))
-    coordinates.prepare(columns, weights, rows)
+        # a penalty curves the cost as the square of a column does: measured in both, every column curves it alike
+        coordinates = replace(coordinates, scale=np.hypot(coordinates.scale, np.sqrt(ridge)))
     if options.scale == "whiten" and n_features > MOST_WHITENED:
         raise UsageError(
             f"scale is 'whiten' and there are {n_features:,} features; allowed are up to {MOST_WHITENED:,}: use 'standard'"
         )
     enough = n_features <= MOST_WHITENED and len(sample) >= min(n_rows, 3 * n_features)
     whitens = options.scale == "whiten" or (options.scale == "auto" and options.mode != "gd" and enough)
-    transform = whitening(coordinates, rows, n_rows) if whitens else None
+    rows = np.empty((len(columns), coordinates.width))
+    with np.errstate(all="ignore"):  # what leaves the range of float64 is found
+        coordinates.prepare(columns, weights, rows)
+        _check_finite(rows)
+        transform = whitening(coordinates, rows, n_rows, ridge) if whitens else None
     objective = Objective(coordinates, options.batch_rows(n_rows), ridge)
     average, rule = bool(options.average), options.rule
     if options.learning_rate != "auto":
         return Walk(objective, transform, rule, as_schedule(options.learning_rate), None, average)
-    most, heavy = curvature(coordinates, rows, transform)
+    with np.errstate(all="ignore"):
+        most, heavy = curvature(coordinates, rows, transform, ridge)
     if options.mode == "gd":
         return Walk(objective, transform, rule, Constant(1.0), 2 * most, average)
     m = objective.batch_rows
@@ -132,28 +139,59 @@ def walk_of(
     return Walk(objective, transform, rule, Automatic(rate / rule.gain, hold, 1 / rule.gain), n_rows * most, average)
 
 
-def whitening(coordinates: Coordinates, rows: Array, n_rows: int) -> Array:
-    """Return T (d, d) that makes the columns of a sample uncorrelated and of unit variance, and leaves the column of ones alone.
+def whitening(coordinates: Coordinates, rows: Array, n_rows: int, ridge: float) -> Array:
+    r"""Return T (d, d) in which the penalised cost of a sample curves alike in all directions of the features.
 
-    A direction that the sample does not show is given the variance that one row among all may have.
+    .. math:: T'(\tfrac1m Z'WZ + \lambda D^{-2})T = I
+
+    Without a penalty the columns are then uncorrelated and of unit variance. The column of ones is left alone, and a direction that
+    the sample does not show is given the variance that one row among all may have.
     """
     p = coordinates.n_features
     a, _, w = coordinates.parts(rows)
     z = a[:, :p] if w is None else a[:, :p] * np.sqrt(w)
-    values, vectors = np.linalg.eigh(z.T @ z / max(len(z), 1))
-    top = max(float(values[-1]), np.finfo(np.float64).tiny)
+    gram = z.T @ z / max(len(z), 1) + np.diag(stiffness(coordinates, ridge)[:p])
+    _check_finite(gram)
+    values, vectors = np.linalg.eigh(gram)
+    top = float(values[-1]) if values[-1] > 0 else 1.0
     transform = np.eye(coordinates.n_trained)
     transform[:p, :p] = vectors / np.sqrt(np.where(values > FLOOR * top, values, top / n_rows))
     return transform
 
 
-def curvature(coordinates: Coordinates, rows: Array, transform: Array | None) -> tuple[float, float]:
-    """Return, of a sample of Z = AT, the largest eigenvalue of Z'WZ / W, and the mean of w |z|^2 weighted by w |z|^2."""
+def curvature(coordinates: Coordinates, rows: Array, transform: Array | None, ridge: float) -> tuple[float, float]:
+    """Return how the penalised cost of a sample of Z = AT curves: half its Hessian's largest eigenvalue, and what one row adds.
+
+    The second is the mean of w |z|^2, weighted by w |z|^2, and the penalty. Without T the penalty's part in the first is a bound,
+    at most twice too large.
+    """
     a, _, w = coordinates.parts(rows)
     z = a if transform is None else a @ transform
     z = z if w is None else z * np.sqrt(w)
-    squares = np.einsum("ij,ij->i", z, z)
-    gram = z.T @ z if len(z) >= z.shape[1] else z @ z.T
-    most = float(np.linalg.eigvalsh(gram)[-1]) / max(len(z), 1)
+    squares, penalty = np.einsum("ij,ij->i", z, z), stiffness(coordinates, ridge)
+    gram = z.T @ z if transform is not None or len(z) >= z.shape[1] else z @ z.T
+    gram = gram / max(len(z), 1)
+    stiffest = float(penalty.max(initial=0.0))
+    if ridge and transform is not None:
+        held = transform.T @ (penalty[:, None] * transform)
+        _check_finite(held)
+        gram, stiffest = gram + held, float(np.linalg.eigvalsh(held)[-1])
     total = float(squares.sum())
-    return max(most, float(np.finfo(np.float64).tiny)), float(squares @ squares) / total if total else 1.0
+    heavy = float(squares @ (squares / total)) if total else 1.0
+    _check_finite(np.append(gram, [heavy, stiffest]))
+    most = float(np.linalg.eigvalsh(gram).max(initial=0.0)) + (stiffest if transform is None else 0.0)
+    return max(most, float(np.finfo(np.float64).tiny)), heavy + stiffest
+
+
+def stiffness(coordinates: Coordinates, ridge: float) -> Array:
+    """Return half of what the penalty adds to the Hessian's diagonal, (d,)."""
+    with np.errstate(all="ignore"):
+        return coordinates.penalty(np.ones((coordinates.n_trained, 1)), ridge)[:, 0] / 2
+
+
+def _check_finite(values: Array) -> None:
+    if not np.isfinite(values).all():
+        raise NumericalError(
+            "the columns, or their squares, leave the range of float64 in the coordinates of the descent; measure them "
+            "and the target in units in which they are nearer to 1, or choose scale='auto'"
+        )

@@ -49,7 +49,7 @@ class Checkpoint:
         BadFile
             It is damaged, or no checkpoint.
         """
-        if not os.path.lexists(self.path):
+        if not os.path.exists(self.path):  # or a link to where it is to be
             return start
         content = read_json(self.path, FORMAT, VERSION)
         found = content.get("identity", {})
@@ -61,19 +61,39 @@ class Checkpoint:
             state: S = _like(start, content["state"])
         except (KeyError, TypeError, ValueError) as error:
             raise BadFile(f"{self.path} lacks what a checkpoint needs ({error!r}); delete it to start anew") from error
-        self._rows = content["state"].get("rows", 0)
+        self._rows = _rows(state)
         return state
 
     def save(self, state: Any) -> None:
-        """Write a state, if it is time to; the last one always."""
-        rows = getattr(state, "rows", 0)
+        """Write a state, if it is time to; the last one always.
+
+        Raises
+        ------
+        OSError
+            There is no room for it; what was written before is still there.
+        """
+        rows = _rows(state)
         due = rows - self._rows >= self.every if self.every else monotonic() - self._time >= SECONDS
         if due or state.stopped:
-            write_json(self.path, FORMAT, VERSION, {"identity": self.identity, "state": _plain(state)}, overwrite=True)
+            content = {"identity": self.identity, "state": _plain(state)}
+            try:
+                write_json(self.path, FORMAT, VERSION, content, overwrite=True)
+            except OSError as error:
+                if error.errno is None:  # one of ours, which says it all
+                    raise
+                raise OSError(
+                    error.errno,
+                    f"{error.strerror}: {self.path} cannot be written, and stays as it was; make room, and run it again to go on",
+                ) from error
             self._rows, self._time = rows, monotonic()
 
 
 REMEDY = "give the same data and options to go on with it, or another path, or delete it to start anew"
+
+
+def _rows(state: Any) -> int:
+    """Return the rows that a descent has used: a full-batch one after whole epochs only, which are all in its history."""
+    return state.rows if hasattr(state, "rows") else state.history[-1].rows if state.history else 0
 
 
 def _difference(name: str, theirs: Any, ours: Any) -> str:

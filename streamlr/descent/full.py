@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from streamlr.aggregates.cost import Cost, Residuals, ResidualsOf, cost_of_moments
 from streamlr.aggregates.moments import Moments
 from streamlr.dataset.blocks import Block
-from streamlr.descent.loop import GROWN, diverged
+from streamlr.descent.loop import GROWN, diverged, grown
 from streamlr.descent.options import Descent
 from streamlr.descent.scaling import Coordinates
 from streamlr.descent.steps import Iterate, Walk
-from streamlr.descent.stopping import Record, flat, level, spent
+from streamlr.descent.stopping import Record, verdict
 from streamlr.descent.updates import Best
 
 Array = NDArray[np.float64]
@@ -145,8 +145,9 @@ class Quadratic:
         p, d, unit = moments.n_features, coordinates.n_trained, moments.units
         scale = np.ldexp(np.concatenate([coordinates.scale, coordinates.target_scale]), -unit)
         centre = np.ldexp(np.concatenate([coordinates.mean, coordinates.target_mean]), -unit)
-        offset = ((moments.mean - centre) + moments.mean_rest) / scale
-        second = moments.scatter / scale[:, None] / scale / moments.weight_sum + offset[:, None] * offset
+        with np.errstate(all="ignore"):  # what leaves the range of float64 is found in the slope
+            offset = ((moments.mean - centre) + moments.mean_rest) / scale
+            second = moments.scatter / scale[:, None] / scale / moments.weight_sum + offset[:, None] * offset
         hessian = np.empty((d, d))
         product = np.empty((d, moments.n_targets))
         hessian[:p, :p], product[:p] = second[:p, :p], second[:p, p:]
@@ -235,10 +236,8 @@ class FullLoop:
         The rule and its learning rate; with `walk.promised` it is divided by the most curvature seen.
     slope : callable
         b -> Slope.
-    n_rows : int
-        Rows behind each.
     optimum : (k,) float64 or None
-        J of the exact solution, where it is known.
+        The penalised J of the exact solution, in the user's units, where it is known.
     validate, record, save : callable
         As for `Loop`.
     """
@@ -246,7 +245,6 @@ class FullLoop:
     options: Descent
     walk: Walk
     slope: Callable[[Array], Slope]
-    n_rows: int
     optimum: Array | None
     validate: Callable[[Array, Array], Cost] | None
     record: Callable[[Record], None]
@@ -264,7 +262,8 @@ class FullLoop:
         Raises
         ------
         Diverged
-            The coefficients left the range of float64, or the cost grew tenfold.
+            The coefficients left the range of float64, or with a given learning rate the cost grew tenfold; one that is found from
+            the curvature may start too high, and then knows better after one step.
         """
         while not state.stopped:
             state = self._step(state)
@@ -277,9 +276,10 @@ class FullLoop:
 
     def _step(self, state: FullState) -> FullState:
         """Look at the slope, record it, ask the rules, and take a step if none says stop."""
-        options, walk = self.options, self.walk
+        walk = self.walk
         began = monotonic() - state.seconds
         here, best, curvature, epoch, first, _, history, _ = state
+        finds = walk.promised is not None
         with np.errstate(all="ignore"):
             value, gradient, cost = self.slope(here.b)
             if here.transform is not None:
@@ -287,43 +287,45 @@ class FullLoop:
             norm = float(np.linalg.norm(gradient))
         if epoch == 0:
             first = np.array([value, norm])
-        if not (np.isfinite(value) and np.isfinite(norm) and value <= GROWN * max(first[0], np.finfo(np.float64).tiny)):
-            what = f"the cost grew to {value / first[0]:.3g} times that of the start"
-            raise diverged(
-                walk, here.step, best.b, history, what if np.isfinite(value) else "the coefficients left float64's range"
-            )
+        if what := grown(value if np.isfinite(norm) else np.inf, first[0], np.inf if finds else GROWN):
+            last = history[-1].learning_rate if history else None
+            raise diverged(walk, here.step, best.b, history, what, last)
         curvature = curvature.met(gradient)
-        rate = walk.schedule(here.step) / (curvature.most if walk.promised is not None else 1.0)
+        rate = walk.schedule(here.step) / (curvature.most if finds else 1.0)
+        coef, intercept = walk.objective.coordinates.to_user(here.b)
         epoch += 1
         record = Record(
             epoch=epoch,
             steps=here.step,
-            rows=epoch * self.n_rows,
+            rows=epoch * cost.n,
             learning_rate=float(np.max(rate)),
             cost=cost,
-            validation=None if self.validate is None else self.validate(*walk.objective.coordinates.to_user(here.b)),
+            validation=None if self.validate is None else self.validate(coef, intercept),
             gradient_norm=norm,
-            gap=None if self.optimum is None else _one(cost.mse - self.optimum),
+            gap=None if self.optimum is None else _difference(penalised(cost, coef, walk.objective.ridge), self.optimum),
             scale=walk.scale,
             seconds=monotonic() - began,
         )
         self.record(record)
         history = (*history, record)
         best = best.of(here.b, record.watched)
-        reason = (
-            level(history, float(first[1]), options.gradient_tol)
-            or flat(history, options.tol, options.patience)
-            or spent(epoch, record.seconds, options)
-        )
-        if not reason:
+        stopped = verdict(history, float(first[1]), self.options)
+        if not stopped:
             with np.errstate(all="ignore"):
                 move, memory = walk.rule.update(gradient, here.memory, rate)
                 ahead = move if here.transform is None else here.transform @ move
                 here = here._replace(b=here.b + ahead, memory=memory, step=here.step + 1)
                 curvature = curvature._replace(move=move)
-        return FullState(here, best, curvature, epoch, first, monotonic() - began, history, reason or "")
+        return FullState(here, best, curvature, epoch, first, monotonic() - began, history, stopped)
 
 
-def _one(values: Array) -> float | Array:
-    values = np.atleast_1d(values)
-    return float(values[0]) if len(values) == 1 else values
+def penalised(cost: Cost, coef: Array, ridge: float) -> Array:
+    """Return J with its penalty, (k,), in squared units of the targets."""
+    with np.errstate(over="ignore"):
+        return np.asarray(np.atleast_1d(cost.mse) + (ridge * (coef**2).sum(axis=0) if ridge else 0.0))
+
+
+def _difference(values: Array, others: Array) -> float | Array:
+    with np.errstate(invalid="ignore"):  # where both are beyond float64, nobody knows
+        difference = values - others
+    return float(difference[0]) if len(difference) == 1 else difference

@@ -13,9 +13,11 @@ from numpy.typing import NDArray
 from streamlr.aggregates.cost import Cost, Residuals
 from streamlr.aggregates.moments import MomentsOf
 from streamlr.dataset.blocks import Block
+from streamlr.descent.automatic import Automatic
 from streamlr.descent.options import Descent
+from streamlr.descent.scaling import SMALLEST
 from streamlr.descent.steps import Iterate, Walk
-from streamlr.descent.stopping import Record, flat, level, spent
+from streamlr.descent.stopping import Record, spent, verdict
 from streamlr.descent.updates import Average, Best
 from streamlr.errors import Diverged
 
@@ -143,57 +145,68 @@ class Loop:
         here, rows, seen = state.here, state.rows, state.seen
         if not state.position and restarts(state.epoch):
             here = here._replace(average=Average(here.b, 0.0))
-        logged = rows
         pending: list[tuple[Array, Array]] = []
         for stretch, position in self.epoch(state.epoch, state.position):
-            with np.errstate(all="ignore"):  # what leaves the range of float64 is found below
-                here, residuals = self.walk.over(stretch, here)
-            pending.append((stretch[:, self.walk.objective.coordinates.n_trained :].copy(), residuals))
-            rows += len(stretch)
-            if sum(len(residuals) for _, residuals in pending) < SEEN_ROWS:
-                continue
-            seen, pending = self._added(seen, pending, here.step), []
-            state = state._replace(here=here, rows=rows, position=tuple(position), seen=seen, seconds=monotonic() - began)
-            self._check(state, RUINED)
-            if options.log_every is not None and rows // options.log_every > logged // options.log_every:
-                logged = rows
-                state = self._recorded(state, complete=False)
-            if spent(state.epoch, state.seconds, options):
-                break
-            self.save(state)
-        else:
+            for part, logs in self._parts(stretch, rows):
+                with np.errstate(all="ignore"):  # what leaves the range of float64 is found below
+                    here, residuals = self.walk.over(part, here)
+                pending.append((part[:, self.walk.objective.coordinates.n_trained :].copy(), residuals))
+                rows += len(part)
+                if not logs and sum(len(residuals) for _, residuals in pending) < SEEN_ROWS:
+                    continue
+                seen, pending = self._added(seen, pending), []
+                state = state._replace(here=here, rows=rows, seen=seen, seconds=monotonic() - began)
+                self._check(state, RUINED)
+                if logs:
+                    state = self._recorded(state, complete=False)
             if pending:
-                seen = self._added(seen, pending, here.step)
-            state = state._replace(here=here, rows=rows, seen=seen, seconds=monotonic() - began)
-            self._check(state, GROWN)
-            return self._ended(state)
-        return self._recorded(state, complete=False)._replace(stopped=spent(state.epoch, state.seconds, options) or "")
+                continue
+            state = state._replace(position=tuple(position))
+            if stopped := spent(state.epoch, state.seconds, options):
+                if not logs:
+                    state = self._recorded(state, complete=False)
+                return state._replace(stopped=stopped)
+            self.save(state)
+        if pending:
+            seen = self._added(seen, pending)
+        state = state._replace(here=here, rows=rows, seen=seen, seconds=monotonic() - began)
+        self._check(state, GROWN)
+        return self._ended(state)
+
+    def _parts(self, stretch: Array, rows: int) -> Iterator[tuple[Array, bool]]:
+        """Cut rows, which come after so many others, behind the batches that a record is due after; say where it is."""
+        every, size, first = self.options.log_every, self.walk.objective.batch_rows, 0
+        while every is not None and first < len(stretch):
+            due = every - (rows + first) % every
+            if due > len(stretch) - first:
+                break
+            stop = min(first + -(-due // size) * size, len(stretch))
+            yield stretch[first:stop], True
+            first = stop
+        if first < len(stretch):
+            yield stretch[first:], False
 
     def _ended(self, state: State) -> State:
         """Close an epoch: record it, remember the best coefficients, ask the rules."""
-        options = self.options
         state = self._recorded(state, complete=True)
         record = state.history[-1]
+        hold = self.walk.schedule.hold if isinstance(self.walk.schedule, Automatic) else 0
+        now, start = state.seen.squares  # the cost was met on the way here: where it went up, so will what it led to
         state = state._replace(
-            best=state.best.of(self._candidate(state.here), record.watched),
+            best=state.best.of(self._candidate(state.here), record.watched if self.validate or now < start else np.inf),
             first_norm=state.first_norm or record.gradient_norm,
             here=state.here._replace(gradients=np.zeros_like(state.here.gradients)),
             epoch=state.epoch + 1,
             position=(),
             seen=self._nothing(),
         )
-        reason = (
-            level(state.history, state.first_norm, options.gradient_tol)
-            or flat(state.history, options.tol, options.patience)
-            or spent(state.epoch, state.seconds, options)
-        )
-        return state._replace(stopped=reason or "")
+        return state._replace(stopped=verdict(state.history, state.first_norm, self.options, hold))
 
     def _nothing(self) -> Seen:
         columns = MomentsOf(self.target_names, self.target_names)
         return Seen(Residuals(np.zeros(len(self.target_names)), columns.empty()), np.zeros(2), 0)
 
-    def _added(self, seen: Seen, pending: list[tuple[Array, Array]], step: int) -> Seen:
+    def _added(self, seen: Seen, pending: list[tuple[Array, Array]]) -> Seen:
         """Add up residuals in the user's units, and squares in those of the targets' scale."""
         coordinates, k = self.walk.objective.coordinates, len(self.target_names)
         behind = np.concatenate([behind for behind, _ in pending])
@@ -205,29 +218,25 @@ class Loop:
                 return seen._replace(squares=seen.squares + squares)
             scale, mean = coordinates.target_scale, coordinates.target_mean
             columns = np.hstack([residuals * scale, targets * scale + mean])
-        weights = w * coordinates.mean_weight
+            weights = w * coordinates.mean_weight
+            magnitudes = weights @ np.abs(columns[:, :k])
         block = Block(0, len(columns), columns, weights if coordinates.weighted else None, k)
-        added = Residuals(weights @ np.abs(columns[:, :k]), MomentsOf(self.target_names, self.target_names).of(block))
+        added = Residuals(magnitudes, MomentsOf(self.target_names, self.target_names).of(block))
         steps = seen.steps + -(-len(columns) // self.walk.objective.batch_rows)
         return Seen(seen.residuals + added, seen.squares + squares, steps)
 
     def _check(self, state: State, growth: float) -> None:
         """Raise where the descent goes up."""
         now, start = state.seen.squares
-        finite = np.isfinite(state.here.b).all() and np.isfinite(now)
-        if finite and now <= growth * max(start, np.finfo(np.float64).tiny):
-            return
-        what = (
-            f"the cost has grown to {now / start:.3g} times that of the start"
-            if finite
-            else "the coefficients left float64's range"
-        )
-        raise diverged(self.walk, state.here.step, state.best.b, state.history, what)
+        if what := grown(now if np.isfinite(state.here.b).all() else np.inf, start, growth):
+            raise diverged(self.walk, state.here.step, state.best.b, state.history, what)
 
     def _candidate(self, here: Iterate) -> Array:
         return here.average.b if self.walk.average and here.average.rows else here.b
 
     def _recorded(self, state: State, *, complete: bool) -> State:
+        if not complete and state.seen.residuals.moments.weight_sum == 0:  # of no weight so far: there is no cost to record
+            return state
         record = self._record(state, complete=complete)
         self.record(record)
         return state._replace(history=(*state.history, record))
@@ -265,15 +274,33 @@ def restarts(epoch: int) -> bool:
     return epoch & (epoch - 1) == 0
 
 
-def diverged(walk: Walk, step: int, b: Array, history: tuple[Record, ...], what: str) -> Diverged:
+def grown(now: float, start: float, growth: float) -> str:
+    """Say how a cost went up, where it is not finite or more than `growth` times what it was at the start; else nothing.
+
+    Examples
+    --------
+    >>> grown(2.0, 1.0, 10.0)
+    ''
+    >>> grown(20.0, 1.0, 10.0)
+    'the cost has grown to 20 times that of the start'
+    """
+    if not np.isfinite(now):
+        return "the coefficients left float64's range"
+    times = float(now) / max(float(start), SMALLEST)
+    return f"the cost has grown to {times:.3g} times that of the start" if times > growth else ""
+
+
+def diverged(walk: Walk, step: int, b: Array, history: tuple[Record, ...], what: str, rate: float | None = None) -> Diverged:
     """Return the error of a descent that goes up, with the best coefficients so far and what to do next."""
     coef, intercept = walk.objective.coordinates.to_user(b)
-    rate = float(walk.schedule(max(step - 1, 0)))
-    scaled = "" if walk.scale != "none" else ", or scale='auto'"
+    rate = float(walk.schedule(max(step - 1, 0))) if rate is None else rate
+    remedies = ["a lower one", "learning_rate='auto'"] if walk.promised is None else []
+    if walk.scale == "none":
+        remedies.append("scale='auto'")
+    remedy = ", or ".join(remedies) or "solver='normal', which is exact"
     message = (
-        f"diverged: {what} after {step:,} steps with a learning rate of {rate:.3g}; choose a lower one, or "
-        f"learning_rate='auto'{scaled} (the best coefficients so far, of {len(history)} records, are in the error's coef and "
-        "intercept)"
+        f"diverged: {what} after {step:,} steps with a learning rate of {rate:.3g}; choose {remedy} (the best coefficients so far, "
+        f"after {len(history)} records, are in the error's coef and intercept)"
     )
     one = len(intercept) == 1
     return Diverged(message, coef[:, 0] if one else coef, float(intercept[0]) if one else intercept, list(history))

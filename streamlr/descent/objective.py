@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from streamlr.descent.scaling import Coordinates
+from streamlr.descent.scaling import Batch, Coordinates
 
 Array = NDArray[np.float64]
 
@@ -35,44 +35,44 @@ class Objective:
     batch_rows: int
     ridge: float
 
-    def gradient(self, rows: Array, b: Array) -> tuple[Array, Array]:
+    def gradient(self, batch: Batch, b: Array) -> tuple[Array, Array]:
         r"""Return the gradient (d, k), and the residuals y - a'b (m', k) met on the way.
 
         .. math:: \nabla J_B = \frac2m A'W(Ab - y) + 2 \lambda D^{-2} b
 
         Parameters
         ----------
-        rows : (m', width) float64
-            Prepared rows; m' is m, or fewer in a last batch.
+        batch : (m', d), (m', k), (m', 1) or None
+            The parts of prepared rows; m' is m, or fewer in a last batch.
         b : (d, k) float64
             Coefficients.
         """
-        a, y, w = self.coordinates.parts(rows)
+        a, y, w = batch
         residuals = y - a @ b
         gradient = a.T @ (residuals if w is None else w * residuals)
         gradient *= -2 / self.batch_rows
         if self.ridge:
-            gradient += self._penalty(rows, b)
+            gradient += self._penalty(len(a), b)
         return gradient, residuals
 
-    def curvature(self, rows: Array, direction: Array) -> Array:
+    def curvature(self, batch: Batch, direction: Array) -> Array:
         r"""Return, for each target, the curvature (k,) of the batch along a direction.
 
         .. math:: \kappa = v' \nabla^2 J_B v
 
         Parameters
         ----------
-        rows : (m', width) float64
-            Prepared rows.
+        batch : (m', d), (m', k), (m', 1) or None
+            The parts of prepared rows.
         direction : (d, k) float64
             v.
         """
-        a, _, w = self.coordinates.parts(rows)
+        a, _, w = batch
         ahead = a @ direction
         kappa = np.einsum("ij,ij->j", ahead, ahead if w is None else w * ahead) * (2 / self.batch_rows)
         if self.ridge:
-            kappa += np.einsum("ij,ij->j", direction, self._penalty(rows, direction))
+            kappa += np.einsum("ij,ij->j", direction, self._penalty(len(a), direction))
         return np.asarray(kappa)
 
-    def _penalty(self, rows: Array, b: Array) -> Array:
-        return self.coordinates.penalty(b, self.ridge) * (len(rows) / self.batch_rows)
+    def _penalty(self, n_rows: int, b: Array) -> Array:
+        return self.coordinates.penalty(b, self.ridge) * (n_rows / self.batch_rows)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from streamlr.descent.ranges import number_from_zero, real_number, whole_number
 from streamlr.descent.schedules import Schedule, as_schedule
 from streamlr.descent.updates import Update, as_update
 from streamlr.errors import UsageError
@@ -21,7 +22,10 @@ DEFAULTS: dict[str, tuple[Any, Any]] = {
     "gradient_tol": (1e-9, 0.0),
     "shuffle": (False, True),
 }
-STOCHASTIC = ("batch_size", "buffer_rows", "log_every", "shuffle", "average")  # no options of full-batch descent
+# no options of full-batch descent, which sees all rows in each step; what is False stands for that
+STOCHASTIC = ("batch_size", "buffer_rows", "log_every", "shuffle", "average")
+PATIENCE = 3
+PERHAPS_NONE = ("batch_size", "buffer_rows", "log_every", "checkpoint_every")
 WHOLE = {"batch_size": 1, "max_epochs": 1, "patience": 1, "seed": 0, "buffer_rows": 1, "log_every": 1, "checkpoint_every": 1}
 
 
@@ -53,7 +57,7 @@ class Descent:
         Stop when for `patience` epochs the watched cost, 1 - R^2, has not fallen by this share; 0 for never; None for 1e-6, and 0
         for "gd".
     patience : int
-        See `tol`.
+        See `tol`; it needs one above 0.
     gradient_tol : float or None
         Stop when the norm of the gradient has fallen to this share of what it was at the start; 0 for never; None for 0, and 1e-9
         for "gd".
@@ -99,7 +103,7 @@ class Descent:
     scale: str | None = "auto"
     max_epochs: int | None = None
     tol: float | None = None
-    patience: int = 3
+    patience: int = PATIENCE
     gradient_tol: float | None = None
     max_seconds: float | None = None
     validation: float = 0.0
@@ -112,38 +116,44 @@ class Descent:
 
     def __post_init__(self) -> None:
         for name, value, allowed in (("mode", self.mode, MODES), ("scale", self.scale, SCALES)):
-            if value not in allowed:
+            if not isinstance(value, str | None) or value not in allowed:
                 raise UsageError(f"{name} is {value!r}; allowed are {', '.join(map(repr, allowed))}")
         self._check_foreign()
+        as_update(self.update)
+        automatic = isinstance(self.learning_rate, str) and self.learning_rate == "auto"
+        if not automatic and as_schedule(self.learning_rate) is not self.learning_rate:  # a number, perhaps of NumPy's
+            self._take("learning_rate", real_number(self.learning_rate))
         if self.average is None:
-            object.__setattr__(self, "average", self.mode != "gd" and self.learning_rate != "auto")
+            self._take("average", self.mode != "gd" and not automatic)
         for name, (full, stochastic) in DEFAULTS.items():
             if getattr(self, name) is None:
-                object.__setattr__(self, name, full if self.mode == "gd" else stochastic)
+                self._take(name, full if self.mode == "gd" else stochastic)
         for name, least in WHOLE.items():
-            _check_whole(name, getattr(self, name), least)
+            if (value := getattr(self, name)) is not None or name not in PERHAPS_NONE:
+                self._take(name, whole_number(name, value, least))
         for name in ("shuffle", "average"):
             if not isinstance(getattr(self, name), bool):
                 raise UsageError(f"{name} is {getattr(self, name)!r}; allowed are True and False")
-        for name, high in (("tol", 1.0), ("gradient_tol", 1.0), ("validation", 1.0)):
-            _check_number(name, getattr(self, name), high)
+        for name in ("tol", "gradient_tol", "validation"):
+            self._take(name, number_from_zero(name, getattr(self, name), 1.0))
         if self.max_seconds is not None:
-            _check_number("max_seconds", self.max_seconds, np.inf)
-        as_update(self.update)
-        if self.learning_rate != "auto":
-            if isinstance(self.learning_rate, str):
-                raise UsageError(
-                    f"learning_rate is {self.learning_rate!r}; allowed are 'auto', a number above zero, and a schedule"
-                )
-            as_schedule(self.learning_rate)
+            self._take("max_seconds", number_from_zero("max_seconds", self.max_seconds, np.inf))
+        if not self.tol and self.patience != PATIENCE:
+            raise UsageError(
+                f"patience is {self.patience}, and tol is 0: no cost is watched; give a tol above 0, or leave patience out"
+            )
+        if not self.shuffle and self.buffer_rows is not None:
+            raise UsageError("buffer_rows is the size of the shuffle buffer, and shuffle is False; leave one of them out")
 
     def _check_foreign(self) -> None:
         """Refuse options that this mode would ignore."""
-        foreign = STOCHASTIC if self.mode == "gd" else ("batch_size",) if self.mode == "sgd" else ()
-        if self.mode != "minibatch" and (named := [name for name in foreign if getattr(self, name) is not None]):
-            raise UsageError(f"{named[0]} is no option of mode {self.mode!r}; leave it out, or choose mode 'minibatch'")
-        if self.shuffle is False and self.buffer_rows is not None:
-            raise UsageError("buffer_rows is the size of the shuffle buffer, and shuffle is False; leave one of them out")
+        foreign = {"gd": STOCHASTIC, "sgd": ("batch_size",)}.get(self.mode, ())
+        for name in foreign:
+            if (value := getattr(self, name)) is not None and value is not False:
+                raise UsageError(f"{name} is no option of mode {self.mode!r}; leave it out, or choose mode 'minibatch'")
+
+    def _take(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
 
     @property
     def rule(self) -> Update:
@@ -178,14 +188,3 @@ def _described(value: Any) -> Any:
     if not hasattr(value, "__dataclass_fields__"):
         return [_described(one) for one in value] if isinstance(value, tuple) else float(value)
     return [type(value).__name__, *(_described(getattr(value, name)) for name in value.__dataclass_fields__)]
-
-
-def _check_whole(name: str, value: Any, least: int) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least):
-        raise UsageError(f"{name} is {value!r}; allowed are whole numbers from {least} on")
-
-
-def _check_number(name: str, value: Any, high: float) -> None:
-    if not isinstance(value, int | float | np.number) or isinstance(value, bool) or not 0 <= value < high:
-        bound = "on" if high == np.inf else f"to below {high:g}"
-        raise UsageError(f"{name} is {value!r}; allowed are numbers from 0 {bound}")

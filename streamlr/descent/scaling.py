@@ -9,8 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamlr.aggregates.moments import CONSTANT
+from streamlr.errors import NumericalError
 
 Array = NDArray[np.float64]
+Batch = tuple[Array, Array, Array | None]  # design (m, d), targets (m, k) and weights (m, 1), if any, of prepared rows
 SMALLEST = float(np.finfo(np.float64).tiny)
 
 
@@ -74,7 +76,7 @@ class Coordinates:
         if weights is not None:
             np.divide(weights, self.mean_weight, out=out[:, d + k])
 
-    def parts(self, rows: Array) -> tuple[Array, Array, Array | None]:
+    def parts(self, rows: Array) -> Batch:
         """Return design (m, d), targets (m, k) and weights (m, 1) or None of prepared rows: views."""
         d, k = self.n_trained, self.n_targets
         return rows[:, :d], rows[:, d : d + k], rows[:, d + k :] if self.weighted else None
@@ -84,20 +86,32 @@ class Coordinates:
         return np.zeros((self.n_trained, self.n_targets))
 
     def to_user(self, b: Array) -> tuple[Array, Array]:
-        """Return coefficients (p, k) and intercepts (k,) in the user's units."""
+        """Return coefficients (p, k) and intercepts (k,) in the user's units.
+
+        Raises
+        ------
+        NumericalError
+            A coefficient is beyond the range of float64 there.
+        """
         p = self.n_features
-        coef = b[:p] / self.scale[:, None] * self.target_scale
-        intercept = np.zeros(self.n_targets)
-        if self.intercept:
-            for j in range(self.n_targets):
-                intercept[j] = fsum([self.target_mean[j], b[p, j] * self.target_scale[j], *(-self.mean * coef[:, j])])
+        with np.errstate(over="ignore", invalid="ignore"):
+            coef = b[:p] / self.scale[:, None] * self.target_scale
+            intercept = np.zeros(self.n_targets)
+            if self.intercept:
+                for j in range(self.n_targets):
+                    parts = [self.target_mean[j], b[p, j] * self.target_scale[j], *(-self.mean * coef[:, j])]
+                    intercept[j] = _total(parts)
+        if not (np.isfinite(coef).all() and np.isfinite(intercept).all()):
+            raise NumericalError(
+                "a coefficient is beyond the range of float64; measure that column, or the target, in a larger unit"
+            )
         return coef, intercept
 
     def of_user(self, coef: Array, intercept: Array) -> Array:
         """Return the coefficients (d, k) of a user's coefficients (p, k) and intercepts (k,)."""
         b = coef * self.scale[:, None] / self.target_scale
         if self.intercept:
-            last = [fsum([intercept[j], -self.target_mean[j], *(self.mean * coef[:, j])]) for j in range(self.n_targets)]
+            last = [_total([intercept[j], -self.target_mean[j], *(self.mean * coef[:, j])]) for j in range(self.n_targets)]
             return np.vstack([b, np.array(last) / self.target_scale])
         return b
 
@@ -125,7 +139,11 @@ def standard_coordinates(columns: Array, weights: Array | None, n_features: int,
     intercept : bool
         Whether an intercept is fitted.
     """
-    share = np.full(len(columns), 1 / max(len(columns), 1)) if weights is None else weights / max(float(weights.sum()), SMALLEST)
+    if weights is None or not weights.any():
+        share = np.full(len(columns), 1 / max(len(columns), 1))
+    else:
+        share = weights / weights.max()  # sums of which stay in range
+        share /= share.sum()
     largest = np.abs(columns).max(axis=0, initial=0.0)
     exponent = np.where(largest > 0, np.frexp(largest)[1], 0)
     mean, spread = np.zeros(columns.shape[1]), np.zeros(columns.shape[1])
@@ -139,13 +157,28 @@ def standard_coordinates(columns: Array, weights: Array | None, n_features: int,
     with np.errstate(under="ignore"):
         mean, unit = np.ldexp(mean, exponent), np.maximum(np.ldexp(unit, exponent), SMALLEST)
     p = n_features
-    mean_weight = 1.0 if weights is None or not weights.any() else float(weights.mean())
-    return Coordinates(mean[:p], unit[:p], mean[p:], unit[p:], intercept, mean_weight, weights is not None)
+    return Coordinates(mean[:p], unit[:p], mean[p:], unit[p:], intercept, _mean_weight(weights), weights is not None)
 
 
 def plain_coordinates(weights: Array | None, n_features: int, n_targets: int, *, intercept: bool) -> Coordinates:
     """Return the coordinates of the columns as they are."""
-    mean_weight = 1.0 if weights is None or not weights.any() else float(weights.mean())
     zero, one = np.zeros(n_features), np.ones(n_features)
     zeros, ones = np.zeros(n_targets), np.ones(n_targets)
-    return Coordinates(zero, one, zeros, ones, intercept, mean_weight, weights is not None)
+    return Coordinates(zero, one, zeros, ones, intercept, _mean_weight(weights), weights is not None)
+
+
+def _mean_weight(weights: Array | None) -> float:
+    """Return the mean of weights, by way of sums that stay in range; 1 where there is nothing to be had."""
+    if weights is None or not weights.any():
+        return 1.0
+    largest = float(weights.max())
+    return max(float((weights / largest).mean()) * largest, SMALLEST)
+
+
+def _total(values: list[float]) -> float:
+    """Return the sum, rounded once; infinite or NaN, and no error, where it leaves the range of float64."""
+    try:
+        return fsum(values)
+    except (OverflowError, ValueError):
+        with np.errstate(all="ignore"):
+            return float(np.sum(values))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from streamlr.descent.ranges import number_above_zero, number_from_zero, real_number, whole_number
 from streamlr.errors import UsageError
 
 Array = NDArray[np.float64]
@@ -47,11 +49,11 @@ class Constant:
     rate: float
 
     def __post_init__(self) -> None:
-        _check_positive(self)
+        _take_positive(self, "rate")
 
     def __call__(self, step: Steps) -> Array:
         """Return alpha."""
-        return np.full(np.shape(step), float(self.rate))
+        return np.full(np.shape(step), self.rate)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +87,7 @@ class InverseScaling:
     steps: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_positive(self)
+        _take_positive(self, "rate", "power", "steps")
 
     def __call__(self, step: Steps) -> Array:
         """Return alpha at `step`."""
@@ -103,14 +105,14 @@ class Exponential:
     rate : float
         alpha, at step 0.
     factor : float
-        What is left of it after `steps`.
+        What is left of it after `steps`, above 0 and at most 1.
     steps : float
         Steps.
 
     Raises
     ------
     UsageError
-        A number is not above zero.
+        A number is out of its range.
 
     Examples
     --------
@@ -123,7 +125,9 @@ class Exponential:
     steps: float
 
     def __post_init__(self) -> None:
-        _check_positive(self)
+        _take_positive(self, "rate", "factor", "steps")
+        if self.factor > 1:
+            raise UsageError(f"factor of Exponential is {self.factor!r}; allowed are numbers above 0 and at most 1: rates fall")
 
     def __call__(self, step: Steps) -> Array:
         """Return alpha at `step`."""
@@ -165,9 +169,8 @@ class Cosine:
     floor: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_positive(self, but="floor")
-        if not 0 <= self.floor <= 1:
-            raise UsageError(f"floor is {self.floor!r}; allowed are numbers from 0 to 1, the share of the rate that stays")
+        _take_positive(self, "rate", "steps")
+        object.__setattr__(self, "floor", number_from_zero("floor of Cosine", self.floor, 1.0, included=True))
 
     def __call__(self, step: Steps) -> Array:
         """Return alpha at `step`."""
@@ -203,8 +206,8 @@ class WarmUp:
     then: Schedule
 
     def __post_init__(self) -> None:
-        _check_positive(self, but="then")
-        _check_schedule(self.then)
+        _take_positive(self, "steps")
+        _check_schedule("then of WarmUp", self.then)
 
     def __call__(self, step: Steps) -> Array:
         """Return alpha at `step`."""
@@ -237,11 +240,14 @@ class Join:
     boundaries: tuple[int, ...]
 
     def __post_init__(self) -> None:
+        for name in ("schedules", "boundaries"):
+            if not np.iterable(getattr(self, name)):
+                raise UsageError(f"{name} of Join is {getattr(self, name)!r}; allowed are tuples")
         object.__setattr__(self, "schedules", tuple(self.schedules))
-        object.__setattr__(self, "boundaries", tuple(self.boundaries))
+        object.__setattr__(self, "boundaries", tuple(whole_number("a boundary of Join", step, 1) for step in self.boundaries))
         for schedule in self.schedules:
-            _check_schedule(schedule)
-        growing = all(a < b for a, b in zip((0, *self.boundaries), self.boundaries, strict=False))
+            _check_schedule("a schedule of Join", schedule)
+        growing = all(a < b for a, b in pairwise(self.boundaries))
         if len(self.schedules) != len(self.boundaries) + 1 or not growing:
             raise UsageError(
                 f"{len(self.schedules)} schedules are joined at the steps {list(self.boundaries)}; "
@@ -264,23 +270,31 @@ def as_schedule(rate: Any) -> Schedule:
     ------
     UsageError
         It is neither.
+
+    Examples
+    --------
+    >>> as_schedule(0.1)
+    Constant(rate=0.1)
     """
-    if isinstance(rate, int | float | np.number) and not isinstance(rate, bool):
-        return Constant(float(rate))
-    _check_schedule(rate)
+    if 0 < real_number(rate) < np.inf:
+        return Constant(rate)
+    _check_schedule("learning_rate", rate)
     schedule: Schedule = rate
     return schedule
 
 
-def _check_schedule(schedule: Any) -> None:
-    if not isinstance(schedule, Constant | InverseScaling | Exponential | Cosine | WarmUp | Join):
-        names = "Constant, InverseScaling, Exponential, Cosine, WarmUp, Join"
-        raise UsageError(f"{schedule!r} is no learning rate; allowed are a number above zero and the schedules {names}")
+def _check_schedule(name: str, schedule: Any) -> None:
+    if not isinstance(schedule, SCHEDULES):
+        names = ", ".join(kind.__name__ for kind in SCHEDULES)
+        number = "'auto', a finite number above zero, and " if name == "learning_rate" else ""
+        raise UsageError(f"{name} is {schedule!r}; allowed are {number}the schedules {names}")
 
 
-def _check_positive(schedule: Any, but: str = "") -> None:
-    for field in fields(schedule):
-        value = getattr(schedule, field.name)
-        known = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-        if field.name != but and not (known and 0 < value < np.inf):
-            raise UsageError(f"{field.name} of {type(schedule).__name__} is {value!r}; allowed are finite numbers above zero")
+def _take_positive(schedule: Any, *names: str) -> None:
+    """Make plain floats of numbers that must be above zero."""
+    for name in names:
+        number = number_above_zero(f"{name} of {type(schedule).__name__}", getattr(schedule, name))
+        object.__setattr__(schedule, name, number)
+
+
+SCHEDULES = (Constant, InverseScaling, Exponential, Cosine, WarmUp, Join)

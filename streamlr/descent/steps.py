@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamlr.descent.objective import Objective
+from streamlr.descent.scaling import SMALLEST, Batch
 from streamlr.descent.schedules import Schedule
 from streamlr.descent.updates import Average, Plain, Update
 
 Array = NDArray[np.float64]
-BLOCK_ROWS = 64  # of single rows solved together: fewer cost calls, more cost arithmetic
 SURPRISE = 1.5  # times what a sample promises of all rows: a batch with more curvature than that proves the sample wrong
 
 
@@ -66,6 +66,8 @@ class Walk:
         leverage cannot overshoot.
     average : bool
         Whether the mean of the iterates is kept.
+    origin : tuple of (p, k) and (k,) float64, or None
+        Coefficients and intercepts, in the user's units, where the descent begins; None for coefficients of zero.
     """
 
     objective: Objective
@@ -74,6 +76,7 @@ class Walk:
     schedule: Schedule
     promised: float | None
     average: bool
+    origin: tuple[Array, Array] | None = None
 
     @property
     def scale(self) -> str:
@@ -83,8 +86,9 @@ class Walk:
         return "none" if (self.objective.coordinates.scale == 1).all() else "standard"
 
     def start(self) -> Iterate:
-        """Return where a descent begins: coefficients of zero."""
-        b = self.objective.coordinates.start()
+        """Return where a descent begins."""
+        coordinates = self.objective.coordinates
+        b = coordinates.start() if self.origin is None else coordinates.of_user(*self.origin)
         return Iterate(b, self.transform, self.rule.init(b), Average(b, 0.0), np.zeros_like(b), 0)
 
     def over(self, rows: Array, here: Iterate) -> tuple[Iterate, Array]:
@@ -112,110 +116,114 @@ class Walk:
         objective, size = self.objective, self.objective.batch_rows
         b, transform, memory, average, gradients, step = here
         gradients = gradients.copy()
-        residuals = np.empty((len(rows), b.shape[1]))
-        count = -(-len(rows) // size)
-        for number, alpha in enumerate(self.schedule(np.arange(step, step + count))):
-            batch = rows[number * size : (number + 1) * size]
-            gradient, residuals[number * size : number * size + len(batch)] = objective.gradient(batch, b)
-            rate = alpha
+        met = np.empty((len(rows), b.shape[1]))
+        starts = range(0, len(rows), size)
+        for start, alpha in zip(starts, self.schedule(np.arange(step, step + len(starts))), strict=True):
+            batch = objective.coordinates.parts(rows[start : start + size])
+            gradient, met[start : start + size] = objective.gradient(batch, b)
+            reduced, rate = gradient if transform is None else transform.T.dot(gradient), alpha
             if self.promised is not None:
-                transform, best = self._best_rate(batch, gradient, transform)
+                transform, reduced, best = self._best_rate(batch, gradient, reduced, transform)
                 rate = np.minimum(alpha, best / self.rule.gain)
-            reduced = gradient if transform is None else transform.T @ gradient
             move, memory = self.rule.update(reduced, memory, rate)
-            b = b + (move if transform is None else transform @ move)
+            b = b + (move if transform is None else transform.dot(move))
             gradients += reduced
             if self.average:
-                average = average.of(b, len(batch))
-        return Iterate(b, transform, memory, average, gradients, step + count), residuals
+                average = average.of(b, len(batch[0]))
+        return Iterate(b, transform, memory, average, gradients, step + len(starts)), met
 
-    def _best_rate(self, batch: Array, gradient: Array, transform: Array | None) -> tuple[Array | None, Array]:
-        r"""Return, for each target, the rate (k,) that goes down to the least cost of the batch, and T, shortened if need be.
+    def _best_rate(
+        self, batch: Batch, gradient: Array, reduced: Array, transform: Array | None
+    ) -> tuple[Array | None, Array, Array]:
+        r"""Return T, shortened if need be, g, and for each target the rate (k,) that goes down to the least cost of the batch.
 
         .. math:: \alpha = \frac{g'g}{(Tg)' \nabla^2 J_B (Tg)}, \quad g = T' \nabla J_B
 
         Where this batch alone curves the cost more than the sample promised of all rows, T is shortened along g to what the batch
-        proves.
+        proves: once for each target, after which rounding, and other targets, can leave no more than a step that is too short.
         """
         assert self.promised is not None
-        while True:
-            reduced = gradient if transform is None else transform.T @ gradient
+        for left in range(gradient.shape[1], -1, -1):
             square = np.einsum("ij,ij->j", reduced, reduced)
-            kappa = self.objective.curvature(batch, reduced if transform is None else transform @ reduced)
-            rate = np.divide(square, kappa, out=np.full_like(square, np.inf), where=kappa > 0)
-            proven = self.objective.batch_rows / 2 / rate
-            j = int(np.argmax(proven))
-            if transform is None or not SURPRISE * self.promised < proven[j] < np.inf:
-                return transform, rate
+            kappa = self.objective.curvature(batch, reduced if transform is None else transform.dot(reduced))
+            if transform is None or not left:
+                break
+            proven = self.objective.batch_rows / 2 * kappa / np.maximum(square, SMALLEST)
+            if not SURPRISE * self.promised < proven.max() < np.inf:
+                break
+            j = int(proven.argmax())
             transform = shortened(transform, reduced[:, j] / np.sqrt(square[j]), self.promised / proven[j])
+            reduced = transform.T.dot(gradient)
+        return transform, reduced, square / np.maximum(kappa, SMALLEST)  # of a gradient of zero, 0: it leads nowhere
 
     def _over_single_rows(self, rows: Array, here: Iterate) -> tuple[Iterate, Array]:
         r"""Take plain steps of one row each, many at a time.
 
-        Within a block of rows Z = AT with K = ZZ' and steps s_i = 2 alpha_i w_i, the residuals r that the steps meet satisfy
+        Within a block of rows Z = AT with steps s_i = 2 alpha_i w_i, the residuals r that the steps meet satisfy
 
-        .. math:: r_i + \sum_{j < i} K_{ij} s_j r_j = y_i - a_i'b
+        .. math:: r_i + \sum_{j < i} z_i'(s_j z_j) r_j = y_i - a_i'b
 
-        a triangular system; after them theta has grown by Z'(s r), and the sum of the iterates follows as well.
+        a triangular system; after them theta has grown by the sum of (s_j z_j) r_j. Rows of zeros, which move nothing, fill the
+        last block.
         """
         from scipy.linalg.blas import dtrsm  # here, since it brings a second BLAS with it
 
         b, transform, _, average, gradients, step = here
         a, y, w = self.objective.coordinates.parts(rows)
-        z, transform = self._reduced_rows(a, w, transform)
-        k = b.shape[1]
-        sizes = 2 * self.schedule(np.arange(step, step + len(rows)))[:, None]
+        (m, d), k, height = a.shape, b.shape[1], block_rows(a.shape[1])
+        filled = m + -m % height
+        z, met = np.empty((filled, d)), np.empty((filled, k))
+        transform = self._reduce_rows(a, w, transform, z[:m])
+        np.subtract(y, a @ b, out=met[:m])
+        z[m:], met[m:] = 0.0, 0.0
+        sizes = np.zeros((filled, 1))
+        sizes[:m, 0] = 2 * self.schedule(np.arange(step, step + m))
         if w is not None:
-            sizes = sizes * w
-        residuals, apart = np.empty((len(rows), k)), y - a @ b
-        theta, iterates, slopes = (
-            np.zeros_like(b) for _ in range(3)
-        )  # growth of theta, sums of it and of gradients, in these rows
-        whole = len(rows) - len(rows) % BLOCK_ROWS
-        for part, height in ((slice(0, whole), BLOCK_ROWS), (slice(whole, len(rows)), len(rows) - whole)):
-            if part.start == part.stop:
-                continue
-            blocks, targets, met = (x[part].reshape(-1, height, x.shape[1]) for x in (z, apart, residuals))
-            size = sizes[part].reshape(-1, height, 1)
-            gram = blocks @ blocks.transpose(0, 2, 1)
-            if self.promised is not None:
-                square = np.diagonal(gram, axis1=1, axis2=2)[:, :, None]
-                size = np.minimum(size, np.divide(1.0, square, out=np.full_like(square, np.inf), where=square > 0))
-            gram *= size.transpose(0, 2, 1)  # of which the lower triangle counts
-            weight = None if w is None else w[part].reshape(-1, height, 1)
-            later = np.arange(height, 0, -1.0)[:, None]  # how many of a block's iterates a row's step is in
-            moves = np.empty((height, 3 * k))
-            for i, block in enumerate(blocks):
-                # dtrsm wants Fortran's order: the transpose is an upper triangle there
-                found = met[i] = dtrsm(1.0, gram[i].T, targets[i] - block @ theta, lower=0, trans_a=1, diag=1)
-                np.multiply(size[i], found, out=moves[:, :k])
-                np.multiply(later, moves[:, :k], out=moves[:, k : 2 * k])
-                np.multiply(-2.0 if weight is None else -2 * weight[i], found, out=moves[:, 2 * k :])
-                sums = block.T @ moves
-                iterates += height * theta + sums[:, k : 2 * k]
-                theta += sums[:, :k]
-                slopes += sums[:, 2 * k :]
-        if transform is not None:
-            theta, iterates = transform @ theta, transform @ iterates
+            sizes[:m] *= w
+        if self.promised is not None:
+            square = np.einsum("ij,ij->i", z, z)[:, None]
+            sizes = np.minimum(sizes, np.divide(1.0, square, out=np.full_like(square, np.inf), where=square > 0))
+        moves = sizes * z
+        blocks, across = z.reshape(-1, height, d), moves.reshape(-1, height, d).transpose(0, 2, 1)
+        systems = (blocks @ across).transpose(0, 2, 1)  # dtrsm wants Fortran's order, in which they are upper triangles
+        theta = np.zeros_like(b)  # its growth in these rows
+        for block, back, system, residuals in zip(blocks, across, systems, met.reshape(-1, height, k), strict=True):
+            residuals -= block.dot(theta)  # of so few rows, ndarray.dot costs half of what @ does
+            residuals[:] = dtrsm(1.0, system, residuals, lower=0, trans_a=1, diag=1, overwrite_b=1)
+            theta += back.dot(residuals)
+        met = met[:m]
+        gradients = gradients - 2 * (z[:m].T @ (met if w is None else w * met))
         if self.average:
-            average = average.of(b + iterates / len(rows), len(rows))
-        return Iterate(b + theta, transform, here.memory, average, gradients + slopes, step + len(rows)), residuals
+            share = np.arange(m, 0, -1.0)[:, None] / m  # of the iterates, those that a row's step is in
+            growth = moves[:m].T @ (share * met)
+            average = average.of(b + (growth if transform is None else transform @ growth), m)
+        b = b + (theta if transform is None else transform @ theta)
+        return Iterate(b, transform, here.memory, average, gradients, step + m), met
 
-    def _reduced_rows(self, a: Array, w: Array | None, transform: Array | None) -> tuple[Array, Array | None]:
-        """Return AT, and T, shortened where a row alone curves the cost more than the sample promised of all."""
+    def _reduce_rows(self, a: Array, w: Array | None, transform: Array | None, out: Array) -> Array | None:
+        """Write AT into `out`, and return T, shortened where a row alone curves the cost more than the sample promised of all."""
         if transform is None:
-            return np.ascontiguousarray(a), None
-        z = a @ transform
+            out[:] = a
+            return None
+        np.matmul(a, transform, out=out)
         if self.promised is None:
-            return z, transform
-        squares = np.einsum("ij,ij->i", z, z) * (1.0 if w is None else w[:, 0])
+            return transform
+        squares = np.einsum("ij,ij->i", out, out) * (1.0 if w is None else w[:, 0])
         surprising = np.flatnonzero((squares > SURPRISE * self.promised) & (squares < np.inf))
         for i in surprising:
             row = a[i] @ transform
-            proven = float(row @ row) * (1.0 if w is None else float(w[i, 0]))
+            square = float(row @ row)
+            proven = square * (1.0 if w is None else float(w[i, 0]))
             if proven > SURPRISE * self.promised:
-                transform = shortened(transform, row / np.sqrt(row @ row), self.promised / proven)
-        return (a @ transform if len(surprising) else z), transform
+                transform = shortened(transform, row / np.sqrt(square), self.promised / proven)
+        if len(surprising):
+            np.matmul(a, transform, out=out)
+        return transform
+
+
+def block_rows(width: int) -> int:
+    """Return how many single rows are solved together: fewer cost calls, more cost arithmetic."""
+    return 64 if width <= 32 else 32 if width <= 200 else 16
 
 
 def shortened(transform: Array, direction: Array, share: float) -> Array:

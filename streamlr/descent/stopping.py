@@ -82,6 +82,20 @@ class Record:
         )
 
 
+def verdict(history: Sequence[Record], first_norm: float, options: Descent, hold: int = 0) -> str:
+    """Return why to stop after the last record, by the first of the rules that says so; empty to go on.
+
+    Up to step `hold` the learning rate is high on purpose: there the cost is flat because steps are large, not because it is least.
+    """
+    last, settled = history[-1], [record for record in history if record.steps > hold] if hold else history
+    return (
+        level(history, first_norm, options.gradient_tol)
+        or flat(settled, options.tol, options.patience)
+        or spent(last.epoch, last.seconds, options)
+        or ""
+    )
+
+
 def flat(history: Sequence[Record], tol: float | None, patience: int) -> str | None:
     """Stop when, for `patience` epochs, the watched cost has not fallen below its best by more than a share `tol`.
 
@@ -91,7 +105,7 @@ def flat(history: Sequence[Record], tol: float | None, patience: int) -> str | N
     True
     """
     watched = [record.watched for record in history if record.complete] if tol else []
-    if tol and len(watched) > patience and min(watched[-patience:]) > (1 - tol) * min(watched[:-patience]):
+    if tol and len(watched) > patience and min(watched[-patience:]) >= (1 - tol) * min(watched[:-patience]):
         which = "validation" if history[-1].validation is not None else "training"
         return f"the {which} cost has not improved by more than {tol:g} of itself for {patience} epochs"
     return None

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from streamlr.descent.ranges import number_above_zero, number_from_zero
 from streamlr.errors import UsageError
 
 Array = NDArray[np.float64]
@@ -105,7 +106,7 @@ class Momentum:
     decay: float = 0.9
 
     def __post_init__(self) -> None:
-        _check_decay("decay", self.decay)
+        _take_decays(self, "decay")
 
     @property
     def gain(self) -> float:
@@ -156,7 +157,7 @@ class Nesterov:
     decay: float = 0.9
 
     def __post_init__(self) -> None:
-        _check_decay("decay", self.decay)
+        _take_decays(self, "decay")
 
     @property
     def gain(self) -> float:
@@ -226,10 +227,8 @@ class Adam:
     epsilon: float = 1e-8
 
     def __post_init__(self) -> None:
-        _check_decay("decay", self.decay)
-        _check_decay("square_decay", self.square_decay)
-        if not 0 < self.epsilon < np.inf:
-            raise UsageError(f"epsilon is {self.epsilon!r}; allowed are finite numbers above zero, for example 1e-8")
+        _take_decays(self, "decay", "square_decay")
+        object.__setattr__(self, "epsilon", number_above_zero("epsilon of Adam", self.epsilon))
 
     @property
     def gain(self) -> float:
@@ -304,9 +303,11 @@ def as_update(update: Any) -> Update:
     return update
 
 
-def _check_decay(name: str, value: float) -> None:
-    if not 0 <= value < 1:
-        raise UsageError(f"{name} is {value!r}; allowed are numbers from 0 to below 1")
+def _take_decays(rule: Any, *names: str) -> None:
+    """Make plain floats of numbers that must be from 0 to below 1."""
+    for name in names:
+        number = number_from_zero(f"{name} of {type(rule).__name__}", getattr(rule, name), 1.0)
+        object.__setattr__(rule, name, number)
 
 
 UPDATES: dict[str, Update] = {"plain": Plain(), "momentum": Momentum(), "nesterov": Nesterov(), "adam": Adam()}

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import re
 import resource
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -119,12 +121,10 @@ def one_blas_thread() -> Iterator[None]:
     The setting is the process's, so it is taken by the first holder and given back by the last, also on error.
     """
     global _holders, _limits
-    from threadpoolctl import threadpool_limits
-
     with _lock:
         if _holders == 0:
             _free_openblas()
-            _limits = threadpool_limits(limits=1, user_api="blas")
+            _limits = _loaded_libraries(len(sys.modules)).limit(limits=1, user_api="blas")
         _holders += 1
     try:
         yield
@@ -136,6 +136,14 @@ def one_blas_thread() -> Iterator[None]:
                 _limits.restore_original_limits()
                 _limits = None
                 _free_openblas()
+
+
+@lru_cache(maxsize=1)
+def _loaded_libraries(modules: int) -> Any:
+    """Look for the libraries of this process, which takes milliseconds, again only after imports: those may bring others."""
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController()
 
 
 def _free_openblas() -> None:

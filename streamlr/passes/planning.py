@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import dask
@@ -109,7 +110,7 @@ def check_plan(plan: Plan) -> None:
         )
 
 
-def make_plan(dataset: Dataset, cut: list[Span], **needs: Any) -> Plan:
+def make_plan(dataset: Dataset, cut: Sequence[Span], **needs: Any) -> Plan:
     """Return what `draft_plan` does, or raise `MemoryLimitExceeded`."""
     plan = draft_plan(dataset, cut, **needs)
     check_plan(plan)
@@ -118,7 +119,7 @@ def make_plan(dataset: Dataset, cut: list[Span], **needs: Any) -> Plan:
 
 def draft_plan(
     dataset: Dataset,
-    cut: list[Span],
+    cut: Sequence[Span],
     *,
     task: str,
     merges: int,

@@ -70,7 +70,7 @@ def as_stored(pieces: Iterator[Piece], height: int, width: int, start: Position)
     position : Position
         The place behind them.
     """
-    out, filled, handed = np.empty((height, width)), 0, start.rows
+    out, filled, handed, behind = np.empty((height, width)), 0, start.rows, start
     for unit, offset, rows in pieces:
         first = 0
         while first < len(rows):
@@ -80,8 +80,9 @@ def as_stored(pieces: Iterator[Piece], height: int, width: int, start: Position)
             if filled == height:
                 handed, filled = handed + height, 0
                 yield out, Position(handed, 0, unit, offset + first)
+        behind = Position(0, 0, unit, offset + len(rows))
     if filled:
-        yield out[:filled], Position(handed + filled)
+        yield out[:filled], behind._replace(rows=handed + filled)
 
 
 def shuffled(
@@ -90,9 +91,9 @@ def shuffled(
     """Shuffle rows in a buffer while they pass, and cut them into stretches.
 
     The first `capacity` rows fill the buffer: round 0. In each round after it, slots are visited in an order of their own; a slot
-    hands out its row and takes the next that comes in. A row so leaves after 1 to 2 `capacity` others, and after the last round
-    the buffer is emptied in random order. What the buffer holds at any time are rows of this round and the one before, so that
-    reading from the start of the round before fills it again.
+    hands out its row and takes the next that comes in. A round so hands out the rows of the one before it in random order, and
+    after the last round what is left goes in random order. What the buffer holds at any time are rows of this round and the one
+    before, so that reading from the start of the round before fills it again.
 
     Parameters
     ----------

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
-from itertools import islice, pairwise
+from itertools import pairwise
+from math import lcm
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any
@@ -12,11 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from streamlr.dataset.blocks import Block, Plan, Span
+from streamlr.dataset.blocks import Block, Plan, Span, format_bytes
 from streamlr.dataset.checked import DatasetReader
 from streamlr.dataset.dask_rows import DaskRows
 from streamlr.dataset.dataset import Dataset
 from streamlr.dataset.tally import Tally
+from streamlr.errors import MemoryLimitExceeded
 from streamlr.passes.memory import one_blas_thread
 from streamlr.passes.planning import block_spans, make_plan
 from streamlr.passes.progress import Callback, running_pass, share_of_pass
@@ -63,27 +66,66 @@ class Order:
         """Rows of the shuffle buffer; 0 without one."""
         if not self.shuffle:
             return 0
-        unit = max(span.stop - span.start for span in unit_spans(dataset))
-        wanted = self.buffer_rows or max(BUFFER_UNITS * unit, BUFFER_BYTES // (8 * width))
+        wanted = self.buffer_rows or max(BUFFER_UNITS * most_rows(unit_spans(dataset)), BUFFER_BYTES // (8 * width))
         return min(wanted, dataset.stored_rows)
 
-    def units(self, dataset: Dataset, epoch: int) -> list[Span]:
+    def units(self, dataset: Dataset, epoch: int) -> Sequence[Span]:
         """Return the units in the order of an epoch."""
         units = unit_spans(dataset)
-        if self.shuffle:
-            units = [units[i] for i in np.random.default_rng((self.seed, epoch)).permutation(len(units))]
-        return units
+        if not self.shuffle:
+            return units
+        return Shuffled(units, np.random.default_rng((self.seed, epoch)).permutation(len(units)))
 
 
-def unit_spans(dataset: Dataset) -> list[Span]:
-    """Cut the rows into units of reading: one chunk, or as many small ones as make 4 MiB; one row of blocks of a Dask array."""
+@dataclass(frozen=True, slots=True)
+class Even(Sequence[Span]):
+    """The rows [0, `rows`) in units of `step` rows, the last perhaps shorter: two numbers, however many units there are."""
+
+    rows: int
+    step: int
+
+    def __len__(self) -> int:
+        return -(-self.rows // self.step)
+
+    def __getitem__(self, number: Any) -> Any:
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        return Span(number * self.step, min((number + 1) * self.step, self.rows))
+
+
+@dataclass(frozen=True, slots=True)
+class Shuffled(Sequence[Span]):
+    """Units in another order."""
+
+    units: Sequence[Span]
+    order: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, number: Any) -> Any:
+        return self.units[int(self.order[number])]
+
+
+def unit_spans(dataset: Dataset) -> Sequence[Span]:
+    """Cut the rows into units of reading: one chunk, or as many small ones as make 4 MiB; one row of blocks of a Dask array.
+
+    Where arrays have chunks of different heights, units end where chunks of all of them end, as long as that takes no more than
+    16 MiB; else where chunks of the array with the longest rows end, and the others are decoded again where units share them.
+    """
     lazy = [rows for rows in dataset.arrays if isinstance(rows, DaskRows)]
     if lazy:
         return block_spans(max(lazy, key=lambda rows: rows.row_bytes))
     chunk = max(dataset.arrays, key=lambda rows: rows.row_bytes).decoded_rows
-    step = chunk * max(UNIT_BYTES // (chunk * dataset.row_bytes), 1)
-    n = dataset.stored_rows
-    return [Span(start, min(start + step, n)) for start in range(0, n, step)]
+    shared = lcm(*(rows.decoded_rows for rows in dataset.arrays))
+    if shared * dataset.row_bytes <= BUFFER_BYTES // BUFFER_UNITS:
+        chunk = shared
+    return Even(dataset.stored_rows, chunk * max(UNIT_BYTES // (chunk * dataset.row_bytes), 1))
+
+
+def most_rows(units: Sequence[Span]) -> int:
+    """Return the rows of the largest unit."""
+    return min(units.step, units.rows) if isinstance(units, Even) else max(span.stop - span.start for span in units)
 
 
 def plan_stream(
@@ -111,17 +153,25 @@ def plan_stream(
     MemoryLimitExceeded
         The buffer and one reader do not fit; the message has the numbers.
     """
-    held = (order.capacity(dataset, width) + order.stretch_rows(width)) * width * 8
-    return make_plan(
-        dataset,
-        unit_spans(dataset),
-        task=task,
-        merges=0,
-        task_bytes=dataset.reader_bytes + PIECES_AHEAD * _piece_rows(width) * width * 8,
-        result_bytes=held + state_bytes,
-        passes=passes,
-        memory=memory,
-    )
+    capacity = order.capacity(dataset, width)
+    buffer = capacity * width * 8
+    try:
+        return make_plan(
+            dataset,
+            unit_spans(dataset),
+            task=task,
+            merges=0,
+            task_bytes=dataset.reader_bytes + PIECES_AHEAD * _piece_rows(width) * width * 8,
+            result_bytes=buffer + order.stretch_rows(width) * width * 8 + state_bytes,
+            passes=passes,
+            memory=memory,
+        )
+    except MemoryLimitExceeded as error:
+        if not buffer:
+            raise
+        raise MemoryLimitExceeded(
+            f"{error}; {format_bytes(buffer)} of it are the shuffle buffer of {capacity:,} rows: a smaller buffer_rows mixes less"
+        ) from None
 
 
 class RowStream:
@@ -161,13 +211,13 @@ class RowStream:
         """Yield the stretches of an epoch from `start` on, and check at its end that every row was seen and none has changed."""
         dataset, order = self.dataset, self.order
         units = order.units(dataset, number)
-        pieces = self._pieces(units, start)
         height = order.stretch_rows(self.width)
         capacity = order.capacity(dataset, self.width)
-        if capacity:
-            yield from shuffled(pieces, height, self.width, start, capacity=capacity, seed=(order.seed, number))
-        else:
-            yield from as_stored(pieces, height, self.width, start)
+        with closing(self._pieces(units, start)) as pieces:  # by itself it would live as long as the traceback of an error
+            if capacity:
+                yield from shuffled(pieces, height, self.width, start, capacity=capacity, seed=(order.seed, number))
+            else:
+                yield from as_stored(pieces, height, self.width, start)
 
     def sample(self, rows: int, max_units: int) -> Array:
         """Return about so many rows of units from all over the dataset, chosen by the seed; all rows where there are no more.
@@ -185,20 +235,24 @@ class RowStream:
         chosen = [units[int(rng.integers(a, b))] for a, b in pairwise(edges)]
         share = rows / sum(span.stop - span.start for span in chosen)
         kept = []
-        for _, _, piece in self._pieces(chosen, Position(), whole=False):
-            kept.append(piece.copy() if share >= 1 else piece[rng.random(len(piece)) < share])
+        with closing(self._pieces(chosen, Position(), whole=False)) as pieces:
+            for _, _, piece in pieces:
+                kept.append(piece.copy() if share >= 1 else piece[rng.random(len(piece)) < share])
         return np.concatenate(kept) if kept else np.empty((0, self.width))
 
-    def _pieces(self, units: Sequence[Span], start: Position, *, whole: bool = True) -> Iterator[Piece]:
+    def _pieces(self, units: Sequence[Span], start: Position, *, whole: bool = True) -> Generator[Piece, None, None]:
         """Read units in order, by threads that each take every so-manieth unit and run ahead by a few pieces."""
         lanes = [_Lane(self.width) for _ in range(min(self.readers, len(units) - start.unit))]
-        total = sum(span.stop - span.start for span in units)
-        skipped = sum(span.stop - span.start for span in units[: start.unit])
-        with running_pass(self.task, total, self.dataset.row_bytes, self.progress) as key, one_blas_thread():
+        rows = self.dataset.stored_rows if whole else sum(span.stop - span.start for span in units)
+        skipped = sum(units[i].stop - units[i].start for i in range(start.unit))
+        with running_pass(self.task, rows, self.dataset.row_bytes, self.progress) as key, one_blas_thread():
+            if skipped:
+                with share_of_pass(key) as share:
+                    share.note(Tally(rows=skipped))
             threads = []
             for i, lane in enumerate(lanes):
-                own = islice(enumerate(units), start.unit + i, None, len(lanes))
-                threads.append(Thread(target=self._read, args=(lane, list(own), key), daemon=True))
+                own = range(start.unit + i, len(units), len(lanes))
+                threads.append(Thread(target=self._read, args=(lane, units, own, key), daemon=True))
             try:
                 for thread in threads:
                     thread.start()
@@ -222,13 +276,13 @@ class RowStream:
             if whole:
                 end(self.dataset, self._before, sum((lane.tally for lane in lanes), Tally(rows=skipped)))
 
-    def _read(self, lane: _Lane, units: Sequence[tuple[int, Span]], key: str) -> None:
+    def _read(self, lane: _Lane, units: Sequence[Span], own: range, key: str) -> None:
         """Thread: read units, prepare their rows, and hand them over; an error is handed over too."""
         try:
-            with share_of_pass(key) as share:
+            with share_of_pass(key) as share, np.errstate(all="ignore"):  # what leaves the range of float64 shows in the descent
                 reader = None if any(isinstance(rows, DaskRows) for rows in self.dataset.arrays) else self.dataset.reader()
-                for _, span in units:
-                    for block in self._blocks(reader, span, share.note):
+                for number in own:
+                    for block in self._blocks(reader, units[number], share.note):
                         for first in range(0, len(block.columns), _piece_rows(self.width)):
                             memory = lane.free.get()
                             if memory is None:
