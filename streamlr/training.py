@@ -23,10 +23,11 @@ from streamlr.descent.full import FullLoop, Quadratic, Slope, SumsOf, penalised
 from streamlr.descent.loop import Loop
 from streamlr.descent.options import Descent
 from streamlr.descent.scaling import plain_coordinates
-from streamlr.descent.steps import Walk
+from streamlr.descent.steps import Walk, working_bytes
 from streamlr.descent.stopping import Record
 from streamlr.direct.normal import solve_bytes, solve_normal
 from streamlr.direct.routes import Direct
+from streamlr.errors import UsageError
 from streamlr.files import held
 from streamlr.model import FittedModel
 from streamlr.passes.memory import one_blas_thread
@@ -34,7 +35,7 @@ from streamlr.passes.planning import draft_pass, plan_pass
 from streamlr.passes.progress import Callback, Event
 from streamlr.passes.reduce import Reduced, reduce
 from streamlr.passes.shuffle import Position
-from streamlr.passes.stream import Order, RowStream, plan_stream, unit_spans
+from streamlr.passes.stream import Order, RowStream, most_rows, plan_stream, unit_spans
 
 Array = NDArray[np.float64]
 SAMPLE_READ = 256 * 2**20  # bytes of the units that a sample is chosen from, but for the fewest
@@ -89,7 +90,8 @@ class Training:
             order,
             task=self.options.mode,
             width=width,
-            state_bytes=self._sample_bytes(rows) + ITERATES * 8 * width * rows.n_targets,
+            sample_bytes=self._sample_bytes(rows),
+            state_bytes=ITERATES * 8 * width * rows.n_targets + working_bytes(order.stretch_rows(width), width, order.batch_rows),
             passes=self.options.max_epochs or 1,
             memory=self.memory_limit,
         )
@@ -104,6 +106,8 @@ class Training:
         MemoryLimitExceeded, DataError, UsageError
             As for `fit`.
         """
+        if checkpoint is None and self.options.checkpoint_every is not None:
+            raise UsageError("checkpoint_every is how often a checkpoint is written, and there is none: name one with checkpoint=")
         rows, held_out = self._parts()
         plan = self.plan()
         with nullcontext() if checkpoint is None else held(checkpoint), one_blas_thread():
@@ -144,7 +148,7 @@ class Training:
         width = rows.n_features + rows.n_targets + (rows.weights is not None)
         order = Order(1, self.options.seed)
         stream = RowStream(rows, order, _as_read, width=width, readers=readers, task="sample", progress=self.progress)
-        unit = max(span.stop - span.start for span in unit_spans(rows)) * rows.row_bytes
+        unit = most_rows(unit_spans(rows)) * rows.row_bytes
         units = min(max(SAMPLE_READ // unit, FEWEST_UNITS), MOST_UNITS)
         walk = walk_of(
             stream.sample(sample_rows(width), units),
@@ -261,7 +265,7 @@ def stretches_of(dataset: Dataset, batch_rows: int) -> Iterator[Array]:
     """Yield rows [x y w], of weight 1 where there are no weights, in their order, in whole batches but for the last."""
     arrays, width, order = dataset.arrays, dataset.n_features + dataset.n_targets + 1, Order(batch_rows, 0, shuffle=False)
     if not all(isinstance(rows, MemoryRows) for rows in arrays):
-        plan = plan_stream(dataset, order, task="stream", width=width, state_bytes=2 * sample_bytes(width), passes=1, memory=None)
+        plan = plan_stream(dataset, order, task="stream", width=width, sample_bytes=2 * sample_bytes(width), passes=1, memory=None)
         stream = RowStream(dataset, order, _as_read, width=width, readers=plan.tasks_at_once, task="stream", progress=None)
         yield from (rows for rows, _ in stream.epoch(0))
         return

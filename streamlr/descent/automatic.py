@@ -19,6 +19,7 @@ Array = NDArray[np.float64]
 SAMPLE_ROWS = 32_768
 SAMPLE_BYTES = 64 * 2**20
 MOST_WHITENED = 1_000  # features; beyond, p^2 numbers and the eigenvectors cost more than they save
+SPREAD = 5.0  # of eigenvalues, up to which descent is as quick without whitening
 FLOOR = 1e-12  # of the largest eigenvalue of a sample: below is rounding
 ADAM_RATE = 0.02
 
@@ -75,8 +76,8 @@ def walk_of(
 ) -> Walk:
     """Return how to go down: in which coordinates, by which rule, at which rate.
 
-    With scale="auto" the columns are whitened where p is at most 1,000 and the sample has 3p rows or is everything, else they are
-    standardised.
+    With scale="auto" the columns are whitened where the eigenvalues of the sample's correlations spread by more than five, p is at
+    most 1,000, and the sample has 3p rows or is everything; else they are standardised.
 
     Parameters
     ----------
@@ -116,12 +117,12 @@ def walk_of(
             f"scale is 'whiten' and there are {n_features:,} features; allowed are up to {MOST_WHITENED:,}: use 'standard'"
         )
     enough = n_features <= MOST_WHITENED and len(sample) >= min(n_rows, 3 * n_features)
-    whitens = options.scale == "whiten" or (options.scale == "auto" and options.mode != "gd" and enough)
+    considered = options.scale == "whiten" or (options.scale == "auto" and options.mode != "gd" and enough)
     rows = np.empty((len(columns), coordinates.width))
     with np.errstate(all="ignore"):  # what leaves the range of float64 is found
         coordinates.prepare(columns, weights, rows)
         _check_finite(rows)
-        transform = whitening(coordinates, rows, n_rows, ridge) if whitens else None
+        transform = whitening(coordinates, rows, n_rows, ridge, always=options.scale == "whiten") if considered else None
     objective = Objective(coordinates, options.batch_rows(n_rows), ridge)
     average, rule = bool(options.average), options.rule
     if options.learning_rate != "auto":
@@ -132,20 +133,21 @@ def walk_of(
         return Walk(objective, transform, rule, Constant(1.0), 2 * most, average)
     m = objective.batch_rows
     steps = -(-n_rows // m) * (options.max_epochs or 1)
-    hold = steps // (10 if whitens else 2)
+    hold = steps // (2 if transform is None else 10)
     if isinstance(rule, Adam):  # its steps have a size of their own
         return Walk(objective, transform, rule, Automatic(ADAM_RATE, hold), None, average)
     rate = m / (2 * (heavy + (m - 1) * most))
     return Walk(objective, transform, rule, Automatic(rate / rule.gain, hold, 1 / rule.gain), n_rows * most, average)
 
 
-def whitening(coordinates: Coordinates, rows: Array, n_rows: int, ridge: float) -> Array:
+def whitening(coordinates: Coordinates, rows: Array, n_rows: int, ridge: float, *, always: bool) -> Array | None:
     r"""Return T (d, d) in which the penalised cost of a sample curves alike in all directions of the features.
 
     .. math:: T'(\tfrac1m Z'WZ + \lambda D^{-2})T = I
 
     Without a penalty the columns are then uncorrelated and of unit variance. The column of ones is left alone, and a direction that
-    the sample does not show is given the variance that one row among all may have.
+    the sample does not show is given the variance that one row among all may have. None where there is little to gain, unless
+    `always` is asked for.
     """
     p = coordinates.n_features
     a, _, w = coordinates.parts(rows)
@@ -154,6 +156,8 @@ def whitening(coordinates: Coordinates, rows: Array, n_rows: int, ridge: float) 
     _check_finite(gram)
     values, vectors = np.linalg.eigh(gram)
     top = float(values[-1]) if values[-1] > 0 else 1.0
+    if not always and values[0] * SPREAD >= top:
+        return None
     transform = np.eye(coordinates.n_trained)
     transform[:p, :p] = vectors / np.sqrt(np.where(values > FLOOR * top, values, top / n_rows))
     return transform

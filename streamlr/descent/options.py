@@ -38,8 +38,8 @@ class Descent:
     Parameters
     ----------
     mode : "minibatch", "sgd" or "gd"
-        Steps of a batch of rows, of one row, or of all rows. "gd" needs one pass in all where p^2 numbers fit the memory limit,
-        since moments of the rows tell the gradient; else a pass for each step.
+        Steps of a batch of rows, of one row, or of all rows. "gd" needs one pass for all its steps where p^2 numbers fit the memory
+        limit, since moments of the rows tell the gradient; else a pass for each step.
     batch_size : int or None
         m, for "minibatch"; None for 256, or all rows where there are fewer.
     learning_rate : "auto", float or Schedule
@@ -49,8 +49,8 @@ class Descent:
         What a gradient does.
     scale : "auto", "standard", "whiten" or None
         Coordinates: columns centred and in units of their deviation; decorrelated besides, by the eigenvectors of a sample; as they
-        are. "auto" whitens where p is at most 1,000 and the sample has rows enough; else, and for "gd", it is "standard".
-        Coefficients come back in the user's units.
+        are. "auto" decorrelates where the eigenvalues of the sample's correlations spread by more than five, p is at most 1,000 and
+        the sample has rows enough; else, and for "gd", it is "standard". Coefficients come back in the user's units.
     max_epochs : int or None
         Passes over the training rows at most; None for 10, and 10,000 for "gd".
     tol : float or None
@@ -78,7 +78,7 @@ class Descent:
     log_every : int or None
         Rows after which a record is added to the history within an epoch.
     checkpoint_every : int or None
-        Rows after which `fit(checkpoint=)` writes; None for every 15 seconds.
+        Rows after which `fit(checkpoint=)` writes; None for every 15 seconds. Only with a checkpoint.
 
     Raises
     ------

@@ -34,6 +34,8 @@ class Coordinates:
         Mean of the weights of a sample: gradients are measured in it.
     weighted : bool
         Whether rows have weights.
+    name : "standard" or "none"
+        What they are called in the history.
     """
 
     mean: Array
@@ -43,6 +45,7 @@ class Coordinates:
     intercept: bool
     mean_weight: float
     weighted: bool
+    name: str = "standard"
 
     @property
     def n_features(self) -> int:
@@ -164,7 +167,7 @@ def plain_coordinates(weights: Array | None, n_features: int, n_targets: int, *,
     """Return the coordinates of the columns as they are."""
     zero, one = np.zeros(n_features), np.ones(n_features)
     zeros, ones = np.zeros(n_targets), np.ones(n_targets)
-    return Coordinates(zero, one, zeros, ones, intercept, _mean_weight(weights), weights is not None)
+    return Coordinates(zero, one, zeros, ones, intercept, _mean_weight(weights), weights is not None, "none")
 
 
 def _mean_weight(weights: Array | None) -> float:

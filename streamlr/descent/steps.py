@@ -81,9 +81,7 @@ class Walk:
     @property
     def scale(self) -> str:
         """What the coordinates are called in the history."""
-        if self.transform is not None:
-            return "whiten"
-        return "none" if (self.objective.coordinates.scale == 1).all() else "standard"
+        return "whiten" if self.transform is not None else self.objective.coordinates.name
 
     def start(self) -> Iterate:
         """Return where a descent begins."""
@@ -219,6 +217,11 @@ class Walk:
         if len(surprising):
             np.matmul(a, transform, out=out)
         return transform
+
+
+def working_bytes(rows: int, width: int, batch_rows: int) -> int:
+    """Return what the steps of so many rows need beside them: of single rows, Z, its multiples and the triangular systems."""
+    return 8 * rows * (3 * width + 2 * block_rows(width)) if batch_rows == 1 else 8 * rows * 4
 
 
 def block_rows(width: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from math import lcm
 from queue import SimpleQueue
@@ -129,7 +129,15 @@ def most_rows(units: Sequence[Span]) -> int:
 
 
 def plan_stream(
-    dataset: Dataset, order: Order, *, task: str, width: int, state_bytes: int, passes: int, memory: int | str | None
+    dataset: Dataset,
+    order: Order,
+    *,
+    task: str,
+    width: int,
+    sample_bytes: int,
+    state_bytes: int = 0,
+    passes: int,
+    memory: int | str | None,
 ) -> Plan:
     """Plan epochs: as many readers at once as there are workers and as memory allows; the buffer is never shrunk.
 
@@ -141,6 +149,8 @@ def plan_stream(
         What it is for.
     width : int
         Numbers of a prepared row.
+    sample_bytes : int
+        What a sample takes, before there is a buffer.
     state_bytes : int
         What the descent itself holds.
     passes : int
@@ -156,16 +166,17 @@ def plan_stream(
     capacity = order.capacity(dataset, width)
     buffer = capacity * width * 8
     try:
-        return make_plan(
+        plan = make_plan(
             dataset,
             unit_spans(dataset),
             task=task,
             merges=0,
             task_bytes=dataset.reader_bytes + PIECES_AHEAD * _piece_rows(width) * width * 8,
-            result_bytes=buffer + order.stretch_rows(width) * width * 8 + state_bytes,
+            result_bytes=max(buffer + order.stretch_rows(width) * width * 8, sample_bytes) + state_bytes,
             passes=passes,
             memory=memory,
         )
+        return replace(plan, n_tasks=plan.tasks_at_once)  # threads that read, each its share of the units
     except MemoryLimitExceeded as error:
         if not buffer:
             raise

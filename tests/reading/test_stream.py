@@ -314,7 +314,7 @@ class TestReadings:
             start(thread)
 
         with dask.config.set(num_workers=workers):
-            plan = plan_stream(dataset, Order(7, 0), task="t", width=P + 1, state_bytes=0, passes=1, memory=None)
+            plan = plan_stream(dataset, Order(7, 0), task="t", width=P + 1, sample_bytes=0, passes=1, memory=None)
         assert plan.tasks_at_once == workers
         monkeypatch.setattr(threading.Thread, "start", counted)
         epoch_of(dataset, plan.tasks_at_once)
