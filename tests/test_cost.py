@@ -145,6 +145,7 @@ def test_the_dictionary_and_the_text_hold_the_numbers():
     cost = of_rows(np.array([[0.0, 1.0], [1.0, 3.0]]), None, np.array([[1.0]]), np.array([0.0]))
     assert cost.to_dict() == {
         "n": 2,
+        "weight_sum": 2.0,
         "n_dropped": 0,
         "chunks_missing": 0,
         "mse": 2.5,

@@ -416,5 +416,5 @@ def test_the_coordinates_have_a_name():
     assert course(transform="any").walk.scale == "whiten"
     assert course().walk.scale == "standard"
     c = course()
-    plain = Coordinates(np.zeros(3), np.ones(3), np.zeros(1), np.ones(1), True, 1.0, False)
+    plain = Coordinates(np.zeros(3), np.ones(3), np.zeros(1), np.ones(1), True, 1.0, False, "none")
     assert Walk(Objective(plain, 1, 0.0), None, Plain(), c.walk.schedule, None, False).scale == "none"

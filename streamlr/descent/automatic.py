@@ -20,6 +20,7 @@ SAMPLE_ROWS = 32_768
 SAMPLE_BYTES = 64 * 2**20
 MOST_WHITENED = 1_000  # features; beyond, p^2 numbers and the eigenvectors cost more than they save
 SPREAD = 5.0  # of eigenvalues, up to which descent is as quick without whitening
+FEW_STEPS = 1_000  # below which every step counts more than what whitening costs
 FLOOR = 1e-12  # of the largest eigenvalue of a sample: below is rounding
 ADAM_RATE = 0.02
 
@@ -76,8 +77,8 @@ def walk_of(
 ) -> Walk:
     """Return how to go down: in which coordinates, by which rule, at which rate.
 
-    With scale="auto" the columns are whitened where the eigenvalues of the sample's correlations spread by more than five, p is at
-    most 1,000, and the sample has 3p rows or is everything; else they are standardised.
+    With scale="auto" the columns are whitened where the eigenvalues of the sample's correlations spread by more than five or there
+    are fewer than 1,000 steps, p is at most 1,000, and the sample has 3p rows or is everything; else they are standardised.
 
     Parameters
     ----------
@@ -118,12 +119,15 @@ def walk_of(
         )
     enough = n_features <= MOST_WHITENED and len(sample) >= min(n_rows, 3 * n_features)
     considered = options.scale == "whiten" or (options.scale == "auto" and options.mode != "gd" and enough)
+    objective = Objective(coordinates, options.batch_rows(n_rows), ridge)
+    m = objective.batch_rows
+    steps = -(-n_rows // m) * (options.max_epochs or 1)
+    always = options.scale == "whiten" or steps < FEW_STEPS
     rows = np.empty((len(columns), coordinates.width))
     with np.errstate(all="ignore"):  # what leaves the range of float64 is found
         coordinates.prepare(columns, weights, rows)
         _check_finite(rows)
-        transform = whitening(coordinates, rows, n_rows, ridge, always=options.scale == "whiten") if considered else None
-    objective = Objective(coordinates, options.batch_rows(n_rows), ridge)
+        transform = whitening(coordinates, rows, n_rows, ridge, always=always) if considered else None
     average, rule = bool(options.average), options.rule
     if options.learning_rate != "auto":
         return Walk(objective, transform, rule, as_schedule(options.learning_rate), None, average)
@@ -131,8 +135,6 @@ def walk_of(
         most, heavy = curvature(coordinates, rows, transform, ridge)
     if options.mode == "gd":
         return Walk(objective, transform, rule, Constant(1.0), 2 * most, average)
-    m = objective.batch_rows
-    steps = -(-n_rows // m) * (options.max_epochs or 1)
     hold = steps // (2 if transform is None else 10)
     if isinstance(rule, Adam):  # its steps have a size of their own
         return Walk(objective, transform, rule, Automatic(ADAM_RATE, hold), None, average)

@@ -244,7 +244,8 @@ class RowStream:
         rng = np.random.default_rng((self.order.seed, 0, 0))
         edges = np.linspace(0, len(units), min(max_units, len(units)) + 1).astype(int)
         chosen = [units[int(rng.integers(a, b))] for a, b in pairwise(edges)]
-        share = rows / sum(span.stop - span.start for span in chosen)
+        kept_share = self.dataset.n_rows / self.dataset.stored_rows  # of a split
+        share = rows / (kept_share * sum(span.stop - span.start for span in chosen))
         kept = []
         with closing(self._pieces(chosen, Position(), whole=False)) as pieces:
             for _, _, piece in pieces:
