@@ -11,7 +11,7 @@ from streamlr.aggregates.cost import Cost, ResidualsOf
 from streamlr.aggregates.moments import Moments, MomentsOf
 from streamlr.dataset.blocks import Block, Plan
 from streamlr.dataset.dataset import Dataset, check_dataset, check_target
-from streamlr.dataset.tally import Tally
+from streamlr.dataset.tally import Tally, warn_rounded
 from streamlr.descent.options import Descent
 from streamlr.direct.normal import check_penalty, describe_aliases, solve_bytes, solve_normal
 from streamlr.direct.routes import Direct
@@ -105,7 +105,7 @@ def fit(
     if checkpoint is not None:
         raise UsageError("checkpoint keeps the state of a descent, and an exact fit has none: leave it out, or choose 'minibatch'")
     reduced = _moments(dataset, memory_limit, progress)
-    _warn_rounded(reduced.tally)
+    warn_rounded(reduced.tally, stacklevel=2)
     model = _solved(reduced.value, chosen, bool(fit_intercept), ridge)
     return replace(
         model,
@@ -143,7 +143,7 @@ def accumulate(dataset: Dataset, *, memory_limit: int | str | None = None, progr
     """
     check_target(dataset)
     reduced = _moments(dataset, memory_limit, progress)
-    _warn_rounded(reduced.tally)
+    warn_rounded(reduced.tally, stacklevel=2)
     return reduced.value
 
 
@@ -210,7 +210,7 @@ def evaluate(model: FittedModel, dataset: Dataset, *, memory_limit: int | str | 
     statistic = ResidualsOf(model.coef_matrix, model.intercept_vector, model.target_names)
     with shown(progress) as callback:
         reduced = reduce(dataset, statistic, task="cost", memory_limit=memory_limit, progress=callback)
-    _warn_rounded(reduced.tally)
+    warn_rounded(reduced.tally, stacklevel=2)
     return replace(reduced.value.cost(), n_dropped=reduced.tally.dropped, chunks_missing=reduced.tally.chunks_missing)
 
 
@@ -331,14 +331,3 @@ def _solved(moments: Moments, direct: Direct, fit_intercept: bool, ridge: float)
 def _check_model(model: FittedModel) -> None:
     if not isinstance(model, FittedModel):
         raise UsageError(f"the model is a {type(model).__name__}; give what `fit` or `load_model` returns, before the data")
-
-
-def _warn_rounded(tally: Tally) -> None:
-    if tally.rounded:
-        names = ", ".join(map(repr, sorted(tally.rounded)))
-        warnings.warn(
-            f"column {names} holds integers beyond 2**53, which float64 rounds; subtract a constant before storing them, "
-            "if their last digits matter",
-            PrecisionWarning,
-            stacklevel=3,
-        )

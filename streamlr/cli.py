@@ -147,7 +147,7 @@ def fit(
     max_epochs: Annotated[int | None, typer.Option(help="Passes at most: by default 10, and 10,000 for gd.", **DESCENT)] = None,
     tol: Annotated[
         float | None,
-        typer.Option(help="Stop when 1 - R^2 falls by less than this share of itself, for --patience epochs.", **DESCENT),
+        typer.Option(help="Stop when the cost falls by less than this share of itself, for --patience epochs.", **DESCENT),
     ] = None,
     patience: Annotated[int | None, typer.Option(help="See --tol; by default 3.", **DESCENT)] = None,
     gradient_tol: Annotated[float | None, typer.Option(help="Stop at this share of the first gradient's norm.", **DESCENT)] = None,
@@ -193,6 +193,8 @@ def fit(
         if path is not None:
             check_output(path, overwrite=replaced)
             check_apart(dataset, path)
+    if out is not None and checkpoint is not None and out.resolve() == checkpoint.resolve():
+        raise UsageError(f"--out and --checkpoint are both {out}; choose another path for one of them")
     with _workers(threads), _progress() as progress:
         model = run(
             dataset,

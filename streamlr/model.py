@@ -150,7 +150,6 @@ class FittedModel:
             n_dropped=tally.dropped,
             dropped_by_column=tally.dropped_by_column,
             chunks_missing=tally.chunks_missing,
-            fingerprint=dataset.fingerprint,
             coding=dataset.coding,
             **facts,
         )

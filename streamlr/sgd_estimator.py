@@ -10,8 +10,10 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.utils import check_random_state
 
 from streamlr.dataset.dataset import Dataset
+from streamlr.dataset.tally import Tally
 from streamlr.descent.online import Online, Standing
 from streamlr.descent.options import PATIENCE, Descent
+from streamlr.descent.ranges import number_above_zero, number_from_zero, real_number
 from streamlr.descent.schedules import Constant, InverseScaling, Schedule
 from streamlr.descent.stopping import Record
 from streamlr.descent.updates import Update
@@ -230,22 +232,13 @@ class SGDRegressor(LinearEstimator):
     def _model(self, dataset: Dataset, online: Online, state: Standing) -> FittedModel:
         """Return the model of a stream so far."""
         coef, intercept = online.coefficients(state)
-        unknown, one, cost = np.full_like(coef, np.nan), dataset.n_targets == 1, (state.total + state.seen).cost()
-        return FittedModel(
-            coef=coef[:, 0] if one else coef,
-            intercept=float(intercept[0]) if one else intercept,
-            feature_names=dataset.feature_names,
-            target_names=dataset.target_names,
-            n_rows=cost.n,
-            rank=None,
-            condition=None,
-            digits=None,
+        return FittedModel.of_descent(
+            dataset,
+            coef,
+            intercept,
+            (state.total + state.seen).cost(),
+            Tally(),
             route=self._mode(),
-            aliased={},
-            cost=cost,
-            std_err=unknown[:, 0] if one else unknown,
-            intercept_std_err=float("nan") if one else np.full_like(intercept, np.nan),
-            df_resid=None,
             fit_intercept=online.fit_intercept,
             ridge=online.ridge,
             history=state.history,
@@ -304,9 +297,7 @@ class SGDRegressor(LinearEstimator):
         if word not in ("constant", "invscaling"):
             return word
         eta0, power = ETA0 if self.eta0 is None else self.eta0, POWER_T if self.power_t is None else self.power_t
-        for name, value, fine in (("eta0", eta0, eta0 > 0), ("power_t", power, power >= 0)):
-            if not (fine and np.isfinite(value)):
-                raise UsageError(f"{name} is {value!r}; allowed are finite numbers {'above' if name == 'eta0' else 'from'} zero")
+        eta0, power = number_above_zero("eta0", eta0), number_from_zero("power_t", power, np.inf)
         return Constant(eta0 / 2) if word == "constant" or power == 0 else InverseScaling(eta0 / 2, power)
 
     def _share(self) -> float:
@@ -314,7 +305,7 @@ class SGDRegressor(LinearEstimator):
         if not self.early_stopping:
             return 0.0
         share = VALIDATION_FRACTION if self.validation_fraction is None else self.validation_fraction
-        if not 0 < share < 1:
+        if not 0 < real_number(share) < 1:
             raise UsageError(f"validation_fraction is {share!r}; allowed are numbers between 0 and 1")
         return share
 

@@ -17,6 +17,7 @@ from streamlr.aggregates.moments import Moments, MomentsOf
 from streamlr.dataset.blocks import Plan
 from streamlr.dataset.dataset import Dataset
 from streamlr.dataset.rows import MemoryRows
+from streamlr.dataset.tally import warn_rounded
 from streamlr.descent.automatic import sample_bytes, sample_rows, walk_of
 from streamlr.descent.checkpoint import Checkpoint
 from streamlr.descent.full import FullLoop, Quadratic, Slope, SumsOf, penalised
@@ -119,6 +120,7 @@ class Training:
             state = loop.run(state)
             coef, intercept = walk.objective.coordinates.to_user(loop.result(state))
             reduced = self._residuals(rows, coef, intercept)
+        warn_rounded(reduced.tally, stacklevel=3)
         return FittedModel.of_descent(
             self.dataset,
             coef,
@@ -126,6 +128,7 @@ class Training:
             reduced.value.cost(),
             reduced.tally,
             route=self.options.mode,
+            fingerprint=self.dataset.fingerprint,
             fit_intercept=self.fit_intercept,
             ridge=self.ridge,
             history=state.history,
@@ -134,9 +137,16 @@ class Training:
 
     def _parts(self) -> tuple[Dataset, Dataset | None]:
         """Return the rows to train on, and those held out."""
-        if not self.options.validation:
+        share = self.options.validation
+        if not share:
             return self.dataset, None
-        return self.dataset.split(self.options.validation, seed=self.options.seed)
+        rows, held_out = self.dataset.split(share, seed=self.options.seed)
+        count = self.dataset.n_rows - rows.n_rows
+        if not (count and rows.n_rows):
+            raise UsageError(
+                f"of {self.dataset.n_rows:,} rows, validation={share:g} holds out {count:,}; give more rows, or another share"
+            )
+        return rows, held_out
 
     def _order(self, rows: Dataset) -> tuple[Order, int]:
         options = self.options

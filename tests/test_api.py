@@ -122,8 +122,10 @@ def test_left_out_rows_are_counted_wherever_rows_are_read(rows, tmp_path):
 def test_integers_that_float64_may_have_rounded_are_told(rows):
     x = np.column_stack([np.arange(500), np.arange(500) % 7])
     x[3, 0] = 2**53 + 1
-    with pytest.warns(PrecisionWarning, match="'x0'"):
-        model = streamlr.fit(streamlr.Dataset(x, rows[1]))
+    for solver in ("auto", "gd", "minibatch", "sgd"):
+        with pytest.warns(PrecisionWarning, match="'x0'") as caught:
+            model = streamlr.fit(streamlr.Dataset(x, rows[1]), solver)
+        assert {warning.filename for warning in caught if warning.category is PrecisionWarning} == {__file__}
     with pytest.warns(PrecisionWarning, match="'x0'"):
         streamlr.evaluate(model, streamlr.Dataset(x, rows[1]))
 

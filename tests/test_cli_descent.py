@@ -129,10 +129,11 @@ def test_every_option_reaches_the_descent(store):
         (["--solver", "minibatch", "--validation", "1"], "validation is 1"),
         (["--solver", "newton"], "'minibatch'"),
         (["--solver", "minibatch", "--checkpoint", "{tmp}/none/c"], "no folder"),
+        (["--solver", "minibatch", "--checkpoint", "{tmp}/a", "--out", "{tmp}/../{name}/a"], "--out and --checkpoint are both"),
     ],
 )
 def test_options_that_cannot_act_are_refused(store, arguments, says, tmp_path):
-    done = run("fit", store, *[argument.format(tmp=tmp_path) for argument in arguments])
+    done = run("fit", store, *[argument.format(tmp=tmp_path, name=tmp_path.name) for argument in arguments])
     assert done.returncode == 2, done
     assert says in done.stderr
     assert not done.stdout

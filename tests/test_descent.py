@@ -171,6 +171,15 @@ def test_defaults_come_near_the_optimum_under_a_penalty(mode, ridge):
     assert -1e-9 < value / least - 1 < 1e-3
 
 
+@pytest.mark.parametrize("update", ["momentum", "nesterov"])
+def test_a_rule_that_remembers_has_time_to_forget_its_start_before_the_rate_falls(update):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2_000, 10)) * 10.0 ** np.linspace(-1, 1, 10)
+    dataset = streamlr.Dataset(x, x @ rng.standard_normal(10) + rng.standard_normal(2_000))
+    model = streamlr.fit(dataset, Descent(update=update))  # 80 steps, of which each moves the next ten
+    assert excess(model.cost, streamlr.fit(dataset).cost) < 0.05
+
+
 def tiny() -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     rng = np.random.default_rng(2)
     x = rng.standard_normal((5, 2))
@@ -385,6 +394,25 @@ def test_held_out_rows_teach_nothing(mode, plain):
     assert one.history[0].cost.to_dict() == two.history[0].cost.to_dict()
     assert two.history[0].validation.mse > 100 * one.history[0].validation.mse
     assert one.history[0].validation.n == len(places)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_held_out_rows_of_one_target_value_still_tell_better_from_worse(mode, plain):
+    x = plain[0][:300].copy()
+    y = x[:, 0] + 1.0
+    held_out = streamlr.Dataset(np.arange(300.0)[:, None], np.arange(300.0)).split(0.05, seed=0)[1]
+    x[_positions(held_out), 0], y[_positions(held_out)] = 1.0, 2.0
+    model = streamlr.fit(streamlr.Dataset(x, y), Descent(mode, validation=0.05))
+    assert model.cost.r2 > 0.99
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("share", "count"), [(1e-9, 0), (1 - 1e-9, 50)])
+def test_a_share_that_leaves_a_part_without_rows_is_refused_before_any_is_read(mode, share, count, plain):
+    dataset = streamlr.Dataset(plain[0][:50], plain[1][:50])
+    for call in (streamlr.plan, streamlr.fit):
+        with pytest.raises(UsageError, match=f"of 50 rows, validation=.* holds out {count}; give more rows"):
+            call(dataset, Descent(mode, validation=share))
 
 
 def _positions(dataset: streamlr.Dataset) -> np.ndarray:

@@ -134,7 +134,9 @@ def test_a_schedule_is_the_rate_of_the_square_itself():
         ({"learning_rate": "constant", "power_t": 0.5}, "power_t is no option of learning_rate='constant'"),
         ({"learning_rate": InverseScaling(0.1), "eta0": 0.5}, "eta0 is no option"),
         ({"learning_rate": "constant", "eta0": 0.0}, "eta0 is 0.0; allowed are finite numbers above zero"),
-        ({"learning_rate": "invscaling", "power_t": -1.0}, "power_t is -1.0; allowed are finite numbers from zero"),
+        ({"learning_rate": "constant", "eta0": "fast"}, "eta0 is 'fast'; allowed are finite numbers above zero"),
+        ({"learning_rate": "invscaling", "power_t": "slow"}, "power_t is 'slow'"),
+        ({"learning_rate": "invscaling", "power_t": -1.0}, "power_t is -1.0; allowed are numbers from 0 on"),
         ({"validation_fraction": 0.1}, "validation_fraction is for early_stopping=True"),
         ({"update": "newton"}, "update is 'newton'"),
         ({"scale": "minmax"}, "scale is 'minmax'"),
@@ -150,7 +152,7 @@ def test_every_option_acts_or_is_refused_by_name(options, words, method):
 
 def test_options_of_fit_alone_are_refused_there():
     x, y = make_rows(30)
-    for share in (0.0, 1.0):
+    for share in (0.0, 1.0, "half"):
         with pytest.raises(UsageError, match="validation_fraction is"):
             SGDRegressor(early_stopping=True, validation_fraction=share).fit(x, y)
     with pytest.raises(UsageError, match="of 3 rows, validation_fraction=1e-09 holds out 0"):

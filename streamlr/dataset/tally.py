@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+from streamlr.errors import PrecisionWarning
 
 
 @dataclass(frozen=True)
@@ -39,4 +42,16 @@ class Tally:
             by_column,
             self.chunks_missing + other.chunks_missing,
             self.rounded | other.rounded,
+        )
+
+
+def warn_rounded(tally: Tally, *, stacklevel: int) -> None:
+    """Warn of columns whose integers float64 rounds, where there are any; the caller is `stacklevel` calls up."""
+    if tally.rounded:
+        names = ", ".join(map(repr, sorted(tally.rounded)))
+        warnings.warn(
+            f"column {names} holds integers beyond 2**53, which float64 rounds; subtract a constant before storing them, "
+            "if their last digits matter",
+            PrecisionWarning,
+            stacklevel=stacklevel + 1,
         )

@@ -23,6 +23,7 @@ SPREAD = 5.0  # of eigenvalues, up to which descent is as quick without whitenin
 FEW_STEPS = 1_000  # below which every step counts more than what whitening costs
 FLOOR = 1e-12  # of the largest eigenvalue of a sample: below is rounding
 ADAM_RATE = 0.02
+HOLD = 5  # times the steps in which a descent forgets its start
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +140,7 @@ def walk_of(
     if isinstance(rule, Adam):  # its steps have a size of their own
         return Walk(objective, transform, rule, Automatic(ADAM_RATE, hold), None, average)
     rate = m / (2 * (heavy + (m - 1) * most))
+    hold = max(hold, min(int(HOLD * 2 * (rule.gain - 1)), steps // 2))  # oscillations of a rule that remembers fade in 2 gain steps
     return Walk(objective, transform, rule, Automatic(rate / rule.gain, hold, 1 / rule.gain), n_rows * most, average)
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from streamlr.aggregates.cost import Residuals
 from streamlr.aggregates.moments import MomentsOf
 from streamlr.dataset.blocks import Block
-from streamlr.descent.automatic import SAMPLE_ROWS, Automatic, sample_rows, walk_of
+from streamlr.descent.automatic import HOLD, SAMPLE_ROWS, Automatic, sample_rows, walk_of
 from streamlr.descent.loop import RUINED, diverged, restarts
 from streamlr.descent.options import Descent
 from streamlr.descent.scaling import Coordinates
@@ -23,7 +23,6 @@ from streamlr.descent.updates import AdamState, PlainState
 Array = NDArray[np.float64]
 WINDOW_ROWS = 8_192  # of costs that are compared
 STRETCH_BYTES = 2**20  # about a core's cache
-HOLD = 5  # times the steps in which a descent forgets its start
 
 
 class Standing(NamedTuple):

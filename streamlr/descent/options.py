@@ -54,7 +54,7 @@ class Descent:
     max_epochs : int or None
         Passes over the training rows at most; None for 10, and 10,000 for "gd".
     tol : float or None
-        Stop when for `patience` epochs the watched cost, 1 - R^2, has not fallen by this share; 0 for never; None for 1e-6, and 0
+        Stop when for `patience` epochs the watched cost has not fallen by this share of itself; 0 for never; None for 1e-6, and 0
         for "gd".
     patience : int
         See `tol`; it needs one above 0.

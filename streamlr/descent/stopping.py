@@ -55,9 +55,12 @@ class Record:
 
     @property
     def watched(self) -> float:
-        """What the stopping rules watch: 1 - R^2, averaged over targets, of the held-out rows where there are any."""
+        """What the stopping rules watch: J of the held-out rows where there are any; of several targets, the mean of 1 - R^2.
+
+        Both fall by the same share. But R^2 knows only right and wrong where the target is constant, as in few held-out rows.
+        """
         cost = self.cost if self.validation is None else self.validation
-        return 1 - (cost.r2 if isinstance(cost.r2, float) else float(np.mean(cost.r2)))
+        return cost.mse if isinstance(cost.mse, float) else 1 - float(np.mean(cost.r2))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as JSON values."""

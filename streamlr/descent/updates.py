@@ -124,7 +124,7 @@ class Momentum:
 
 
 @dataclass(frozen=True, slots=True)
-class Nesterov:
+class Nesterov(Momentum):
     r"""Momentum whose gradient is taken where the velocity leads.
 
     .. math:: v_{t+1} = \beta v_t - \alpha_t \nabla J(\theta_t + \beta v_t), \quad \theta_{t+1} = \theta_t + v_{t+1}
@@ -153,20 +153,6 @@ class Nesterov:
     >>> rule.update(np.array([2.0]), rule.init(np.zeros(1)), 0.1)[0]
     array([-0.3])
     """
-
-    decay: float = 0.9
-
-    def __post_init__(self) -> None:
-        _take_decays(self, "decay")
-
-    @property
-    def gain(self) -> float:
-        """1 / (1 - beta)."""
-        return 1 / (1 - self.decay)
-
-    def init(self, theta: Array) -> MomentumState:
-        """Return a velocity of zero."""
-        return MomentumState(np.zeros_like(theta))
 
     def update(self, gradient: Array, state: MomentumState, rate: Array | float) -> tuple[Array, MomentumState]:
         """Return beta times the new velocity, less alpha g."""

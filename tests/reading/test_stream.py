@@ -243,6 +243,11 @@ class TestSample:
         samples = [stream_of(dataset, readers, seed=seed).sample(500, 8).tobytes() for readers, seed in given]
         assert samples[0] == samples[1] == samples[2] != samples[3]
 
+    def test_a_small_part_of_a_split_is_sampled_as_well_as_the_whole(self, rows, tmp_path):
+        part = zarr_dataset(tmp_path / "s.zarr", *rows[:2]).split(0.05, seed=0)[1]
+        assert len(stream_of(part).sample(2_000, 1_000)) == part.n_rows
+        assert len(stream_of(part).sample(500, 1_000)) == pytest.approx(500, rel=0.2)
+
     def test_of_rows_that_are_all_left_out(self, rows, tmp_path):
         x = np.full((1_000, P), np.nan)
         dataset = zarr_dataset(tmp_path / "s.zarr", x, rows[1][:1_000], missing="drop")
