@@ -26,6 +26,7 @@ Target = Annotated[str | None, typer.Option(help="Name of the target, or several
 Features = Annotated[str | None, typer.Option(help="A 2-D array, or names of arrays or columns with commas.")]
 Weights = Annotated[str | None, typer.Option(help="Name of the weights.")]
 SOLVERS = "auto|normal|gd|minibatch|sgd"
+RATES = "Or inverse:RATE,POWER,STEPS, exponential:RATE,FACTOR,STEPS, cosine:RATE,STEPS; rates of scaled columns."
 SCHEDULES = {"constant": "Constant", "inverse": "InverseScaling", "exponential": "Exponential", "cosine": "Cosine"}
 DESCENT: dict[str, Any] = {"rich_help_panel": "Gradient descent", "show_default": False}
 
@@ -135,7 +136,9 @@ def fit(
     learning_rate: Annotated[
         str | None,
         typer.Option(
-            metavar="auto|NUMBER|NAME:A,B", help=f"A schedule by its name and numbers: {', '.join(SCHEDULES)}.", **DESCENT
+            metavar="auto|NUMBER|NAME:A,B",
+            help=RATES,
+            **DESCENT,
         ),
     ] = None,
     update: Annotated[
@@ -195,6 +198,8 @@ def fit(
             check_apart(dataset, path)
     if out is not None and checkpoint is not None and out.resolve() == checkpoint.resolve():
         raise UsageError(f"--out and --checkpoint are both {out}; choose another path for one of them")
+    if checkpoint is not None and checkpoint.exists():
+        echo(f"going on from {checkpoint}", err=True)
     with _workers(threads), _progress() as progress:
         model = run(
             dataset,
@@ -297,7 +302,7 @@ def _learning_rate(text: str) -> Any:
         allowed = ", ".join(f"{name}:..." for name in SCHEDULES)
         raise UsageError(
             f"the learning rate is {text!r}; allowed are auto, a number, and {allowed} with the schedule's numbers, such as "
-            "cosine:0.1,1000"
+            "cosine:0.1,20000; they count steps"
         ) from error
 
 

@@ -76,6 +76,8 @@ class FittedModel:
         Of a descent: one an epoch, and more with `log_every`.
     stopped : str
         Why a descent ended; empty for a direct solution.
+    validation : Cost or None
+        On the rows that a descent held out.
     """
 
     coef: Array
@@ -101,6 +103,11 @@ class FittedModel:
     coding: Mapping[str, Any] = field(default_factory=dict)
     history: tuple[Record, ...] = ()
     stopped: str = ""
+    validation: Cost | None = None
+
+    def __repr__(self) -> str:
+        size = f"{self.n_rows:,} rows x {self.n_features} features"
+        return f"<streamlr.FittedModel {self.route} of {', '.join(self.target_names)}: {size}, {self.cost}>"
 
     @classmethod
     def of_solution(cls, moments: Moments, solution: Solution, *, fit_intercept: bool, ridge: float) -> FittedModel:
@@ -293,6 +300,8 @@ class FittedModel:
                 f"condition {self.condition:.3g}, about {self.digits:.0f} digits; residual degrees of freedom {self.df_resid:,}",
                 str(self.cost),
             ]
+        if self.validation is not None:
+            lines.append(f"held out: {self.validation}")
         if self.ridge:
             lines.append(f"ridge {self.ridge:g} on the columns as given: no standard errors")
         if self.df_resid and not self.ridge and not self.aliased and np.isnan(self.std_err).any():
@@ -307,7 +316,8 @@ class FittedModel:
         """Return the model as JSON values; numbers that are not finite are null."""
         facts = {field.name: getattr(self, field.name) for field in fields(self)}
         history = [record.to_dict() for record in self.history]
-        values: dict[str, Any] = to_json({**facts, "cost": self.cost.to_dict(), "history": history})
+        validation = None if self.validation is None else self.validation.to_dict()
+        values: dict[str, Any] = to_json({**facts, "cost": self.cost.to_dict(), "history": history, "validation": validation})
         return values
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:

@@ -14,7 +14,7 @@ from streamlr.errors import BadFile
 from streamlr.files import read_json
 from streamlr.model import FittedModel
 
-LATER = ("history", "stopped")  # what files of version 1 lack
+LATER = ("history", "stopped", "validation")  # what files of version 1 lack
 
 
 def load_model(path: str | os.PathLike[str]) -> FittedModel:
@@ -59,6 +59,7 @@ def load_model(path: str | os.PathLike[str]) -> FittedModel:
         }
         facts |= {name: tuple(content[name]) for name in ("feature_names", "target_names")}
         facts |= {"coef": coef, "std_err": std_err, "cost": Cost.of_dict(content["cost"])}
+        facts["validation"] = Cost.of_dict(content["validation"]) if content.get("validation") else None
         facts["history"] = tuple(Record.of_dict(record) for record in content.get("history", ()))
         facts["intercept"] = number_or_array(content["intercept"])
         facts["intercept_std_err"] = number_or_array(content["intercept_std_err"], absent=np.nan)

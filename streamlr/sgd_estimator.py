@@ -107,7 +107,7 @@ class SGDRegressor(LinearEstimator):
     array([2.])
     """
 
-    _standing: tuple[Online, Standing] | None
+    _standing: tuple[Online, Online, Standing] | None  # as asked for, and with the batches of the first call
 
     def __init__(
         self,
@@ -184,8 +184,9 @@ class SGDRegressor(LinearEstimator):
 
         The first 32,768 rows are the sample that coordinates and learning rate come from, again whenever the rows have doubled; the
         coefficients in the user's units do not change by that. The automatic rate is that of `streamlr.descent.online.Online`:
-        each row counts alike, however many will come. Calls with whole batches, of two rows or more, give the same bits however the
-        stream is cut; the last batch of a call may be shorter, and then counts for as much less.
+        each row counts alike, however many will come. Batches have `batch_size` rows, or those of the first call if it has fewer.
+        Calls with whole batches, of two rows or more, give the same bits however the stream is cut; the last batch of a call may be
+        shorter, and then counts for as much less.
 
         Parameters
         ----------
@@ -204,9 +205,10 @@ class SGDRegressor(LinearEstimator):
             dataset = self._dataset(X, y, sample_weight, reset=not hasattr(self, "coef_"))
             origin = self._origin(dataset)
             ridge = check_penalty(self.alpha, "alpha")
-            online = Online(options, dataset.n_features, dataset.n_targets, bool(self.fit_intercept), ridge)
-            before, state = getattr(self, "_standing", None) or (online, online.start())
-            if before != online:
+            asked = Online(options, dataset.n_features, dataset.n_targets, bool(self.fit_intercept), ridge)
+            online = replace(asked, options=_of_batches(options, dataset.n_rows))
+            before, online, state = getattr(self, "_standing", None) or (asked, online, online.start())
+            if before != asked:
                 raise UsageError(
                     "options were changed in mid-stream; set them before the first partial_fit, or start anew with fit"
                 )
@@ -218,7 +220,7 @@ class SGDRegressor(LinearEstimator):
                 for rows in stretches_of(dataset, online.batch_rows):
                     state = online.over(rows, state, origin, steps, patience, options.tol or 0.0)
                 model = self._model(dataset, online, state)
-            self._standing = (online, state)
+            self._standing = (asked, online, state)
             assert state.here is not None
             self._tell(model, 1, state.here.step)
         return self
@@ -324,3 +326,10 @@ class SGDRegressor(LinearEstimator):
                 "rows, or leave early_stopping out"
             )
         return train.n_rows
+
+
+def _of_batches(options: Descent, most: int) -> Descent:
+    """Return options with batches of at most so many rows."""
+    if options.batch_size is None or options.batch_size <= most:
+        return options
+    return replace(options, mode="sgd", batch_size=None) if most == 1 else replace(options, batch_size=most)

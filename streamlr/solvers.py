@@ -28,9 +28,9 @@ def solver_named(solver: Any) -> Direct | Descent:
     """
     if isinstance(solver, Direct | Descent):
         return solver
-    if solver in ROUTES:
+    if isinstance(solver, str) and solver in ROUTES:
         return Direct(solver)
-    if solver in MODES:
+    if isinstance(solver, str) and solver in MODES:
         return Descent(solver)
     allowed = ", ".join(map(repr, (*ROUTES, *MODES)))
     raise UsageError(f"solver is {solver!r}; allowed are {allowed}, and values such as Direct('normal') and Descent('sgd')")

@@ -15,7 +15,7 @@ from typing import Any
 
 import typer
 
-from streamlr.errors import ResourceError, StreamlrError
+from streamlr.errors import Diverged, ResourceError, StreamlrError
 from streamlr.files import to_json
 
 STOPPED = 128  # a process that a signal stopped ends with this and the signal's number: 130 or 143
@@ -57,7 +57,9 @@ def command(function: Callable[..., Outcome]) -> Callable[..., None]:
                 warnings.showwarning = _show_warning
                 outcome = function(*args, **options)
         except Stopped as stop:
-            facts = {"error": "Interrupted", "message": "interrupted; nothing was left half-written"}
+            kept = options.get("checkpoint")
+            then = f"run it again to go on from {kept}" if kept and os.path.exists(kept) else "nothing was left half-written"
+            facts = {"error": "Interrupted", "message": f"interrupted; {then}"}
             outcome = Outcome("", facts, stop.exit_status)
         except StreamlrError as error:
             outcome = _failure(error, error.exit_status)
@@ -114,7 +116,9 @@ def _silence(stream: Any) -> None:
 
 
 def _failure(error: BaseException, status: int) -> Outcome:
-    return Outcome("", {"error": type(error).__name__, "message": str(error) or type(error).__name__}, status)
+    facts = {"error": type(error).__name__, "message": str(error) or type(error).__name__}
+    best = {"coef": error.coef, "intercept": error.intercept} if isinstance(error, Diverged) and error.history else {}
+    return Outcome("", {**facts, **best}, status)
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

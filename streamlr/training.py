@@ -25,7 +25,7 @@ from streamlr.descent.loop import Loop
 from streamlr.descent.options import Descent
 from streamlr.descent.scaling import plain_coordinates
 from streamlr.descent.steps import Walk, working_bytes
-from streamlr.descent.stopping import Record
+from streamlr.descent.stopping import Record, chosen
 from streamlr.direct.normal import solve_bytes, solve_normal
 from streamlr.direct.routes import Direct
 from streamlr.errors import UsageError
@@ -37,6 +37,7 @@ from streamlr.passes.progress import Callback, Event
 from streamlr.passes.reduce import Reduced, reduce
 from streamlr.passes.shuffle import Position
 from streamlr.passes.stream import Order, RowStream, most_rows, plan_stream, unit_spans
+from streamlr.passes.write import check_apart
 
 Array = NDArray[np.float64]
 SAMPLE_READ = 256 * 2**20  # bytes of the units that a sample is chosen from, but for the fewest
@@ -110,14 +111,18 @@ class Training:
         if checkpoint is None and self.options.checkpoint_every is not None:
             raise UsageError("checkpoint_every is how often a checkpoint is written, and there is none: name one with checkpoint=")
         rows, held_out = self._parts()
+        if checkpoint is not None:
+            check_apart(self.dataset, checkpoint)
         plan = self.plan()
         with nullcontext() if checkpoint is None else held(checkpoint), one_blas_thread():
             kept = None if checkpoint is None else Checkpoint(checkpoint, self._identity(), self.options.checkpoint_every)
             walk = self._walk(rows, plan.tasks_at_once)
             full = self.options.mode == "gd"
             loop = self._full_loop(rows, held_out, walk, kept) if full else self._loop(rows, held_out, walk, kept, plan)
-            state: Any = loop.start() if kept is None else kept.load(loop.start())
-            state = loop.run(state)
+            begun: Any = loop.start() if kept is None else kept.load(loop.start())
+            state = loop.run(begun)
+            if self.progress is not None and not begun.stopped:
+                self._show(rows, state.history[-1])
             coef, intercept = walk.objective.coordinates.to_user(loop.result(state))
             reduced = self._residuals(rows, coef, intercept)
         warn_rounded(reduced.tally, stacklevel=3)
@@ -133,6 +138,7 @@ class Training:
             ridge=self.ridge,
             history=state.history,
             stopped=state.stopped,
+            validation=found.validation if (found := chosen(state.history, walk.hold)) else None,
         )
 
     def _parts(self) -> tuple[Dataset, Dataset | None]:
@@ -160,8 +166,10 @@ class Training:
         stream = RowStream(rows, order, _as_read, width=width, readers=readers, task="sample", progress=self.progress)
         unit = most_rows(unit_spans(rows)) * rows.row_bytes
         units = min(max(SAMPLE_READ // unit, FEWEST_UNITS), MOST_UNITS)
+        sample = stream.sample(sample_rows(width), units)
+        share = 1 - stream.tally.dropped / max(stream.tally.rows * rows.n_rows / rows.stored_rows, 1)
         walk = walk_of(
-            stream.sample(sample_rows(width), units),
+            sample,
             self.options,
             n_features=rows.n_features,
             n_targets=rows.n_targets,
@@ -169,8 +177,23 @@ class Training:
             fit_intercept=self.fit_intercept,
             ridge=self.ridge,
             n_rows=rows.n_rows,
+            n_kept=max(round(share * rows.n_rows), 1),
         )
+        if rows.weights is not None and self.ridge:  # lambda is measured in the mean weight, which a sample does not tell exactly
+            objective = walk.objective
+            coordinates = replace(objective.coordinates, mean_weight=self._mean_weight(rows) or 1.0)
+            walk = replace(walk, objective=replace(objective, coordinates=coordinates))
         return replace(walk, origin=self.origin)
+
+    def _mean_weight(self, rows: Dataset) -> float:
+        """Return the mean of all weights, in a pass over nothing else; also of rows that lack another value."""
+        assert rows.weights is not None
+        alone = Dataset.of_rows((rows.weights,), (), None, ("weight",), (), missing=rows.missing)
+        alone.subsets = rows.subsets
+        moments = reduce(
+            alone, MomentsOf(("weight",), ()), task="weights", memory_limit=self.memory_limit, progress=self.progress
+        ).value
+        return float(np.ldexp(moments.mean[0], moments.units[0]))
 
     def _loop(self, rows: Dataset, held_out: Dataset | None, walk: Walk, kept: Checkpoint | None, plan: Plan) -> Loop:
         order, width = self._order(rows)
@@ -248,11 +271,14 @@ class Training:
         def record(seen: Record) -> None:
             if self.progress is not None and monotonic() - shown[0] >= SHOWN_EVERY:
                 shown[0] = monotonic()
-                total = rows.stored_rows
-                size = rows.row_bytes
-                self.progress(Event(self.options.mode, total, total, total * size, total * size, seen.seconds, str(seen)))
+                self._show(rows, seen)
 
         return record
+
+    def _show(self, rows: Dataset, record: Record) -> None:
+        assert self.progress is not None
+        total, size = rows.stored_rows, rows.stored_rows * rows.row_bytes
+        self.progress(Event(self.options.mode, total, total, size, size, record.seconds, str(record)))
 
     def _identity(self) -> dict[str, Any]:
         """Return what a checkpoint belongs to."""
@@ -289,5 +315,5 @@ def stretches_of(dataset: Dataset, batch_rows: int) -> Iterator[Array]:
         yield out
 
 
-def _nothing(_: Any) -> None:
+def _nothing(_: Any, *, now: bool = False) -> None:
     """Keep nothing."""

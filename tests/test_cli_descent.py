@@ -176,3 +176,23 @@ def test_a_checkpoint_never_takes_the_place_of_the_data(store):
     done = run("fit", store, "--solver", "minibatch", "--checkpoint", store / "X")
     assert done.returncode == 2
     assert streamlr.fit(streamlr.open_dataset(store)).n_rows == N
+
+
+def test_an_interruption_leaves_a_checkpoint_although_none_was_due(store, tmp_path):
+    checkpoint = tmp_path / "run.checkpoint"
+    options = ("fit", store, "--solver", "minibatch", "--batch-size", 2, "--max-epochs", 100, "--checkpoint", checkpoint)
+    process = subprocess.Popen(command(*options), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    time.sleep(6)
+    assert process.poll() is None, process.communicate()
+    assert not checkpoint.exists()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"run it again to go on from {checkpoint}" in err
+    assert json.loads(checkpoint.read_text())["state"]["rows"] > 0
+    process = subprocess.Popen(command(*options), stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    assert process.stderr.readline().startswith("going on from")
+    process.kill()
+    process.wait()
+    process.stderr.close()

@@ -177,7 +177,7 @@ def test_a_rule_that_remembers_has_time_to_forget_its_start_before_the_rate_fall
     x = rng.standard_normal((2_000, 10)) * 10.0 ** np.linspace(-1, 1, 10)
     dataset = streamlr.Dataset(x, x @ rng.standard_normal(10) + rng.standard_normal(2_000))
     model = streamlr.fit(dataset, Descent(update=update))  # 80 steps, of which each moves the next ten
-    assert excess(model.cost, streamlr.fit(dataset).cost) < 0.05
+    assert excess(model.cost, streamlr.fit(dataset).cost) < 0.2
 
 
 def tiny() -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
@@ -440,7 +440,8 @@ def test_the_best_coefficients_by_held_out_rows_are_returned():
 def test_a_summary_after_a_descent(plain):
     text = str(streamlr.fit(streamlr.Dataset(*plain), Descent(max_epochs=2)).summary())
     assert "3,000 rows, 4 features, route minibatch" in text
-    assert "2 epochs; all 2 epochs were used (max_epochs); no standard errors" in text
+    assert "2 epochs; all 2 epochs were used (max_epochs)" in text
+    assert "no standard errors" in text
     assert "nan" not in text
     assert "None" not in text
 
@@ -510,3 +511,27 @@ def test_weights_of_zero_are_as_good_as_no_rows(mode, plain):
     w[77] = 1.0  # all columns look constant
     model = streamlr.fit(streamlr.Dataset(x, y, weights=w), mode)
     assert model.cost.mse == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["minibatch", "sgd"])
+def test_rows_that_are_left_out_do_not_lengthen_the_descent(mode, tmp_path):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((300_000, 3))
+    y = x.sum(axis=1) + rng.standard_normal(len(x))
+    y[rng.random(len(x)) > 0.004] = np.nan
+    group = zarr.open_group(tmp_path / "s.zarr", mode="w")
+    group.create_array("X", data=x, chunks=(50_000, 3))
+    group.create_array("y", data=y, chunks=(50_000,))
+    dataset = streamlr.open_dataset(tmp_path / "s.zarr", missing="drop")
+    model, exact = streamlr.fit(dataset, mode), streamlr.fit(dataset)
+    assert model.n_rows == exact.n_rows < 1_500
+    assert excess(model.cost, exact.cost) < 1e-2
+
+
+def test_a_penalty_is_measured_in_the_mean_weight_of_all_rows():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((100_000, 3))
+    y, weights = x @ [1.0, 2.0, 3.0] + rng.standard_normal(len(x)), np.where(rng.random(len(x)) < 1e-3, 1.0, 1e-6)
+    dataset = streamlr.Dataset(x, y, weights)
+    model, exact = streamlr.fit(dataset, "minibatch", ridge=1.0), streamlr.fit(dataset, ridge=1.0)
+    np.testing.assert_allclose(model.coef, exact.coef, rtol=5e-2)

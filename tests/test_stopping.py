@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import streamlr
 from streamlr import Descent
 from streamlr.aggregates.cost import Cost
-from streamlr.descent.stopping import Record, flat, level, spent, verdict
+from streamlr.descent.stopping import Record, chosen, falling, flat, level, spent, verdict
 
 
 def record(r2: float, *, epoch: int = 1, norm: float = 1.0, held_out: float | None = None, seconds: float = 0.0, complete=True):
@@ -31,8 +31,8 @@ def history_of(*watched: float) -> list[Record]:
 def test_flat_waits_for_its_patience():
     falling = history_of(1.0, 0.5, 0.4999, 0.4998)
     assert flat(falling, 1e-2, 3) is None  # the best of the last three is half of what was before
-    assert flat([*falling, record(0.5002, epoch=5)], 1e-2, 3) == (
-        "the training cost has not improved by more than 0.01 of itself for 3 epochs"
+    assert flat([*falling, record(0.5002, epoch=5)], 1e-2, 3).startswith(
+        "the training cost has not improved by more than 0.01 of itself for 3 epochs (learning rate "
     )
     assert flat([*falling, record(0.5002, epoch=5)], 1e-5, 3) is None
     assert flat([*falling, record(0.5002, epoch=5)], 1e-2, 4) is None
@@ -53,7 +53,7 @@ def test_flat_looks_at_epochs_that_ended_and_at_held_out_rows_first():
     inside = [record(0.5, epoch=epoch, complete=False) for epoch in range(9)]
     assert flat(inside, 1e-3, 1) is None
     worse = [record(0.5 + 0.1 * epoch, epoch=epoch, held_out=0.4 - 0.01 * epoch) for epoch in range(4)]
-    assert flat(worse, 1e-3, 3) == "the validation cost has not improved by more than 0.001 of itself for 3 epochs"
+    assert flat(worse, 1e-3, 3).startswith("the validation cost has not improved by more than 0.001 of itself for 3 epochs")
     assert flat([record(0.5 + 0.1 * epoch, epoch=epoch) for epoch in range(4)], 1e-3, 3) is None
 
 
@@ -100,12 +100,28 @@ def test_each_reason_is_found_in_each_mode(mode: str, dataset):
     def stopped(**options) -> str:
         return streamlr.fit(dataset, Descent(mode, **options)).stopped
 
-    assert stopped(max_epochs=2, tol=0.0, gradient_tol=0.0) == "all 2 epochs were used (max_epochs)"
-    assert stopped(tol=1e-2, patience=2, gradient_tol=0.0) == (
+    assert stopped(max_epochs=2, tol=0.0, gradient_tol=0.0).startswith("all 2 epochs were used (max_epochs)")
+    assert stopped(tol=1e-2, patience=2, gradient_tol=0.0).startswith(
         "the training cost has not improved by more than 0.01 of itself for 2 epochs"
     )
     assert stopped(gradient_tol=0.5, tol=0.0) == "the gradient's norm has fallen to 0.5 of what it was at the start"
     assert stopped(max_seconds=0.0, tol=0.0, gradient_tol=0.0) == "0 seconds were used (max_seconds)"
+
+
+def test_a_cost_that_still_falls_is_told():
+    assert falling(history_of(1.0, 0.5)).startswith(", and the last of them still lowered the cost by 50.0%: allow more")
+    assert falling(history_of(1.0, 0.9995)) == ""
+    assert falling(history_of(1.0)) == ""
+    assert falling(history_of(*np.linspace(1, 0.98, 200))).startswith(", and the last of them still lowered the cost by 0.2%")
+
+
+def test_the_chosen_record_is_the_last_of_the_best_behind_the_hold():
+    history = history_of(1.0, 0.1, 0.5, 0.50001, 0.6)
+    steps = history[1].steps
+    assert chosen(history, steps) is history[3]
+    assert chosen(history, 0) is history[1]
+    assert chosen(history, 10**9) is history[-1]
+    assert chosen([], 0) is None
 
 
 def test_patience_is_the_number_of_epochs_that_are_waited(dataset):

@@ -77,6 +77,11 @@ class ZarrRows:
         return self.allow_missing_chunks and self.checksums is None
 
     @property
+    def remedy(self) -> str:
+        """What else to do about an absent chunk: nothing but restore it, where a manifest says that it was written."""
+        return REMEDY if self.checksums is None else "or ingest its source again: the store's manifest says that it was written"
+
+    @property
     def dtype(self) -> np.dtype[Any]:
         """Stored dtype."""
         return self.array.dtype
@@ -140,7 +145,7 @@ class ZarrRows:
         """
         check_current(self.array, self.label)
         if complete and not self.may_lack_chunks and local_root(self.array) is not None:
-            check_complete(self.array, self.label, REMEDY)
+            check_complete(self.array, self.label, self.remedy)
 
 
 class ZarrReader:
@@ -212,7 +217,7 @@ class ZarrReader:
         root = local_root(self.rows.array)
         if root is not None and not (root / self.rows.array.path).is_dir():
             return f"the store {root} is gone while array {self.rows.label!r} was being read; is it still mounted?"
-        return f"{self._stored.describe(position)} is missing from {self.rows.array.store_path}; restore it, {REMEDY}"
+        return f"{self._stored.describe(position)} is missing from {self.rows.array.store_path}; restore it, {self.rows.remedy}"
 
 
 def check_array(array: zarr.Array[Any], label: str) -> None:

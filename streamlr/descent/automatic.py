@@ -75,6 +75,7 @@ def walk_of(
     fit_intercept: bool,
     ridge: float,
     n_rows: int,
+    n_kept: int | None = None,
 ) -> Walk:
     """Return how to go down: in which coordinates, by which rule, at which rate.
 
@@ -93,6 +94,8 @@ def walk_of(
         As for `fit`.
     n_rows : int
         Rows to train on.
+    n_kept : int or None
+        About how many of them lack no value; None for all.
 
     Raises
     ------
@@ -107,6 +110,7 @@ def walk_of(
     constant R^2; Jain, Kakade, Kidambi, Netrapalli and Sidford (2018), Parallelizing stochastic gradient descent for least squares
     regression, section 3.1, for batches.
     """
+    kept = n_rows if n_kept is None else n_kept
     columns, weights = (sample[:, :-1], sample[:, -1]) if weighted else (sample, None)
     if options.scale is None:
         coordinates = plain_coordinates(weights, n_features, n_targets, intercept=fit_intercept)
@@ -118,17 +122,17 @@ def walk_of(
         raise UsageError(
             f"scale is 'whiten' and there are {n_features:,} features; allowed are up to {MOST_WHITENED:,}: use 'standard'"
         )
-    enough = n_features <= MOST_WHITENED and len(sample) >= min(n_rows, 3 * n_features)
+    enough = n_features <= MOST_WHITENED and len(sample) >= min(kept, 3 * n_features)
     considered = options.scale == "whiten" or (options.scale == "auto" and options.mode != "gd" and enough)
     objective = Objective(coordinates, options.batch_rows(n_rows), ridge)
     m = objective.batch_rows
-    steps = -(-n_rows // m) * (options.max_epochs or 1)
+    steps = -(-kept // m) * (options.max_epochs or 1)
     always = options.scale == "whiten" or steps < FEW_STEPS
     rows = np.empty((len(columns), coordinates.width))
     with np.errstate(all="ignore"):  # what leaves the range of float64 is found
         coordinates.prepare(columns, weights, rows)
         _check_finite(rows)
-        transform = whitening(coordinates, rows, n_rows, ridge, always=always) if considered else None
+        transform = whitening(coordinates, rows, kept, ridge, always=always) if considered else None
     average, rule = bool(options.average), options.rule
     if options.learning_rate != "auto":
         return Walk(objective, transform, rule, as_schedule(options.learning_rate), None, average)
@@ -140,8 +144,9 @@ def walk_of(
     if isinstance(rule, Adam):  # its steps have a size of their own
         return Walk(objective, transform, rule, Automatic(ADAM_RATE, hold), None, average)
     rate = m / (2 * (heavy + (m - 1) * most))
-    hold = max(hold, min(int(HOLD * 2 * (rule.gain - 1)), steps // 2))  # oscillations of a rule that remembers fade in 2 gain steps
-    return Walk(objective, transform, rule, Automatic(rate / rule.gain, hold, 1 / rule.gain), n_rows * most, average)
+    fading = int(HOLD * 2 * (rule.gain - 1))  # steps in which the oscillations of a rule that remembers fade
+    hold = max(hold, min(fading, steps // 2))
+    return Walk(objective, transform, rule, Automatic(rate / rule.gain, hold, 1 / rule.gain), kept * most, average)
 
 
 def whitening(coordinates: Coordinates, rows: Array, n_rows: int, ridge: float, *, always: bool) -> Array | None:

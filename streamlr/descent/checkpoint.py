@@ -51,7 +51,10 @@ class Checkpoint:
         """
         if not os.path.exists(self.path):  # or a link to where it is to be
             return start
-        content = read_json(self.path, FORMAT, VERSION)
+        try:
+            content = read_json(self.path, FORMAT, VERSION)
+        except BadFile as error:
+            raise BadFile(f"{error}; or choose another path, or delete it to start anew") from error
         found = content.get("identity", {})
         for name in sorted({*self.identity, *found}):
             ours, theirs = self.identity.get(name), found.get(name)
@@ -64,8 +67,8 @@ class Checkpoint:
         self._rows = _rows(state)
         return state
 
-    def save(self, state: Any) -> None:
-        """Write a state, if it is time to; the last one always.
+    def save(self, state: Any, *, now: bool = False) -> None:
+        """Write a state, if it is time to, or asked for `now`; the last one always.
 
         Raises
         ------
@@ -74,7 +77,7 @@ class Checkpoint:
         """
         rows = _rows(state)
         due = rows - self._rows >= self.every if self.every else monotonic() - self._time >= SECONDS
-        if due or state.stopped:
+        if due or now or state.stopped:
             content = {"identity": self.identity, "state": _plain(state)}
             try:
                 write_json(self.path, FORMAT, VERSION, content, overwrite=True)
@@ -98,7 +101,8 @@ def _rows(state: Any) -> int:
 
 def _difference(name: str, theirs: Any, ours: Any) -> str:
     if isinstance(theirs, dict) and isinstance(ours, dict):
-        inner = next(key for key in sorted({*theirs, *ours}) if theirs.get(key) != ours.get(key))
+        keys = sorted({*theirs, *ours}, key=lambda key: (key != "mode", key))  # another mode has other defaults
+        inner = next(key for key in keys if theirs.get(key) != ours.get(key))
         return f"{inner} was {theirs.get(inner)!r} and is {ours.get(inner)!r}"
     if name == "fingerprint":
         return "the data are others, or have changed since"

@@ -248,7 +248,7 @@ class FullLoop:
     optimum: Array | None
     validate: Callable[[Array, Array], Cost] | None
     record: Callable[[Record], None]
-    save: Callable[[FullState], None]
+    save: Callable[..., None]
 
     def start(self) -> FullState:
         """Return the state before the first step; what the sample promises is a first guess of the curvature."""
@@ -265,9 +265,14 @@ class FullLoop:
             The coefficients left the range of float64, or with a given learning rate the cost grew tenfold; one that is found from
             the curvature may start too high, and then knows better after one step.
         """
-        while not state.stopped:
-            state = self._step(state)
-            self.save(state)
+        try:
+            while not state.stopped:
+                state = self._step(state)
+                self.save(state)
+        except BaseException as error:
+            if not isinstance(error, Exception):  # Ctrl-C
+                self.save(state, now=True)
+            raise
         return state
 
     def result(self, state: FullState) -> Array:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from time import monotonic
 from typing import NamedTuple
@@ -13,7 +14,6 @@ from numpy.typing import NDArray
 from streamlr.aggregates.cost import Cost, Residuals
 from streamlr.aggregates.moments import MomentsOf
 from streamlr.dataset.blocks import Block
-from streamlr.descent.automatic import Automatic
 from streamlr.descent.options import Descent
 from streamlr.descent.scaling import SMALLEST
 from streamlr.descent.steps import Iterate, Walk
@@ -106,7 +106,7 @@ class Loop:
     record : callable
         Called with each record.
     save : callable
-        Called with states that may be kept; it decides which.
+        Called with states that may be kept; it decides which, but for the last before an interruption, which comes with now=True.
     """
 
     options: Descent
@@ -115,7 +115,7 @@ class Loop:
     epoch: Epoch
     validate: Callable[[Array, Array], Cost] | None
     record: Callable[[Record], None]
-    save: Callable[[State], None]
+    save: Callable[..., None]
 
     def start(self) -> State:
         """Return the state before the first step."""
@@ -130,16 +130,23 @@ class Loop:
         Diverged
             The coefficients left the range of float64, or the cost grew tenfold.
         """
-        while not state.stopped:
-            state = self._through_epoch(state)
-            self.save(state)
+        try:
+            while not state.stopped:
+                with closing(self._through_epoch(state)) as states:
+                    for state in states:  # the last one is where the next epoch starts
+                        self.save(state)
+        except BaseException as error:
+            if not isinstance(error, Exception):  # Ctrl-C
+                self.save(state, now=True)
+            raise
         return state
 
     def result(self, state: State) -> Array:
         """Return the coefficients that a state stands for: the best by held-out rows, else the average, else the last."""
-        return state.best.b if self.validate and state.epoch else self._candidate(state.here)
+        return state.best.b if self.validate and state.best.cost < np.inf else self._candidate(state.here)
 
-    def _through_epoch(self, state: State) -> State:
+    def _through_epoch(self, state: State) -> Generator[State, None, None]:
+        """Yield the states between which nothing is pending, and that can be gone on from; the last is that of the ended epoch."""
         options = self.options
         began = monotonic() - state.seconds
         here, rows, seen = state.here, state.rows, state.seen
@@ -165,13 +172,14 @@ class Loop:
             if stopped := spent(state.epoch, state.seconds, options):
                 if not logs:
                     state = self._recorded(state, complete=False)
-                return state._replace(stopped=stopped)
-            self.save(state)
+                yield state._replace(stopped=stopped)
+                return
+            yield state
         if pending:
             seen = self._added(seen, pending)
         state = state._replace(here=here, rows=rows, seen=seen, seconds=monotonic() - began)
         self._check(state, GROWN)
-        return self._ended(state)
+        yield self._ended(state)
 
     def _parts(self, stretch: Array, rows: int) -> Iterator[tuple[Array, bool]]:
         """Cut rows, which come after so many others, behind the batches that a record is due after; say where it is."""
@@ -190,10 +198,11 @@ class Loop:
         """Close an epoch: record it, remember the best coefficients, ask the rules."""
         state = self._recorded(state, complete=True)
         record = state.history[-1]
-        hold = self.walk.schedule.hold if isinstance(self.walk.schedule, Automatic) else 0
+        hold = self.walk.hold
         now, start = state.seen.squares  # the cost was met on the way here: where it went up, so will what it led to
+        counts = record.steps > hold if self.validate else now < start  # while the rate is high, low costs are luck
         state = state._replace(
-            best=state.best.of(self._candidate(state.here), record.watched if self.validate or now < start else np.inf),
+            best=state.best.of(self._candidate(state.here), record.watched if counts else np.inf),
             first_norm=state.first_norm or record.gradient_norm,
             here=state.here._replace(gradients=np.zeros_like(state.here.gradients)),
             epoch=state.epoch + 1,
@@ -299,8 +308,8 @@ def diverged(walk: Walk, step: int, b: Array, history: tuple[Record, ...], what:
         remedies.append("scale='auto'")
     remedy = ", or ".join(remedies) or "solver='normal', which is exact"
     message = (
-        f"diverged: {what} after {step:,} steps with a learning rate of {rate:.3g}; choose {remedy} (the best coefficients so far, "
-        f"after {len(history)} records, are in the error's coef and intercept)"
+        f"diverged: {what} after {step:,} steps with a learning rate of {rate:.3g}; choose {remedy}"
+        f"{' (`coef` and `intercept` hold the best coefficients before that)' if history else ''}"
     )
     one = len(intercept) == 1
     return Diverged(message, coef[:, 0] if one else coef, float(intercept[0]) if one else intercept, list(history))

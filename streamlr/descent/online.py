@@ -36,8 +36,8 @@ class Standing(NamedTuple):
         All rows [x y w] so far while the coordinates are still looked for; empty afterwards.
     known : int
         Rows that the coordinates were made of.
-    rows : int
-        Rows learned from.
+    first_step, rows : int
+        Steps that led to the start, and rows learned from since.
     seen, total : Residuals
         Of this window, and of the windows before it, each row before the step that it led to.
     squares : (2,) float64
@@ -54,6 +54,7 @@ class Standing(NamedTuple):
     here: Iterate | None
     sample: tuple[Array, ...]
     known: int
+    first_step: int
     rows: int
     seen: Residuals
     total: Residuals
@@ -113,7 +114,7 @@ class Online:
     def start(self) -> Standing:
         """Return the state before the first row."""
         none = Residuals(np.zeros(self.n_targets), MomentsOf(self._names, self._names).empty())
-        return Standing(None, None, (), 0, 0, none, none, np.zeros(2), (), (), "")
+        return Standing(None, None, (), 0, 0, 0, none, none, np.zeros(2), (), (), "")
 
     def over(
         self, rows: Array, state: Standing, origin: tuple[Array, Array] | None, steps: int, patience: int | None, tol: float
@@ -182,7 +183,8 @@ class Online:
         prepared = np.empty((len(rows), coordinates.width))
         with np.errstate(all="ignore"):  # what leaves the range of float64 is found below
             coordinates.prepare(rows[:, :q], rows[:, q], prepared)
-            here, residuals = walk.over(prepared, here)
+            # the rate falls with rows, so that calls with less than a batch, which count for as much less, make it fall no sooner
+            here, residuals = walk.over(prepared, here._replace(step=state.first_step + state.rows // self.batch_rows))
             met = np.hstack([residuals * coordinates.target_scale, rows[:, self.n_features : q]])
             behind, w = prepared[:, coordinates.n_trained : -1], prepared[:, -1]
             squares = state.squares + np.array([(w @ residuals**2).sum(), (w @ behind**2).sum()])
@@ -210,7 +212,7 @@ class Online:
             walk = endless(walk, walk.schedule)
         if state.walk is not None and state.here is not None:
             return state._replace(walk=walk, here=carried(state.here, state.walk, walk))
-        return state._replace(walk=walk, here=replace(walk, origin=origin).start()._replace(step=steps))
+        return state._replace(walk=walk, here=replace(walk, origin=origin).start(), first_step=steps)
 
     def _window_closed(self, state: Standing, patience: int | None, tol: float) -> Standing:
         """Compare the cost of a window with those before it, and record it if its number is a power of two."""

@@ -83,6 +83,11 @@ class Walk:
         """What the coordinates are called in the history."""
         return "whiten" if self.transform is not None else self.objective.coordinates.name
 
+    @property
+    def hold(self) -> int:
+        """Steps for which the learning rate is held high; 0 for a schedule that holds nothing."""
+        return int(getattr(self.schedule, "hold", 0))
+
     def start(self) -> Iterate:
         """Return where a descent begins."""
         coordinates = self.objective.coordinates

@@ -10,7 +10,10 @@ import numpy as np
 
 from streamlr.aggregates.cost import Cost, number_or_array
 from streamlr.descent.options import Descent
+from streamlr.descent.updates import CLOSE
 from streamlr.files import to_json
+
+FALLING = 1e-3  # as a share of a cost: by more, a descent is not at its end
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,9 +82,10 @@ class Record:
     def __str__(self) -> str:
         held_out = "" if self.validation is None else f"  validation {_number(self.validation.mse)}"
         gap = "" if self.gap is None else f"  gap {_number(self.gap)}"
+        within = "" if self.complete else f", {self.rows:,} rows"
         return (
-            f"epoch {self.epoch:>3}  rows {self.rows:>12,}  mse {_number(self.cost.mse)}{held_out}{gap}  "
-            f"gradient {self.gradient_norm:.3g}  rate {self.learning_rate:.3g}  {self.seconds:.1f} s"
+            f"epoch {self.epoch:>3}{within}  mse {_number(self.cost.mse)}{held_out}{gap}  "
+            f"rate {self.learning_rate:.2g}  {self.seconds:.1f} s"
         )
 
 
@@ -94,9 +98,29 @@ def verdict(history: Sequence[Record], first_norm: float, options: Descent, hold
     return (
         level(history, first_norm, options.gradient_tol)
         or flat(settled, options.tol, options.patience)
-        or spent(last.epoch, last.seconds, options)
+        or spent(last.epoch, last.seconds, options, falling(history))
         or ""
     )
+
+
+def chosen(history: Sequence[Record], hold: int) -> Record | None:
+    """Return the record of the best coefficients behind step `hold`, by the rule of `Best`, else the last; None without one."""
+    best, found = float("inf"), history[-1] if history else None
+    for record in history:
+        if record.complete and record.steps > hold and record.watched <= (1 + CLOSE) * best:
+            best, found = min(best, record.watched), record
+    return found
+
+
+def falling(history: Sequence[Record]) -> str:
+    """Say by how much the last tenth of the epochs lowered the watched cost, where that is more than a thousandth; else nothing."""
+    whole = [record for record in history if record.complete]
+    last = max(len(whole) // 10, 1)
+    before = whole[-1 - last].watched if len(whole) > last else 0.0
+    share = 1 - whole[-1].watched / before if before > 0 else 0.0
+    if share <= FALLING:
+        return ""
+    return f", and the last of them still lowered the cost by {share:.1%}: allow more, or choose solver='normal', which is exact"
 
 
 def flat(history: Sequence[Record], tol: float | None, patience: int) -> str | None:
@@ -110,7 +134,8 @@ def flat(history: Sequence[Record], tol: float | None, patience: int) -> str | N
     watched = [record.watched for record in history if record.complete] if tol else []
     if tol and len(watched) > patience and min(watched[-patience:]) >= (1 - tol) * min(watched[:-patience]):
         which = "validation" if history[-1].validation is not None else "training"
-        return f"the {which} cost has not improved by more than {tol:g} of itself for {patience} epochs"
+        rate = history[-1].learning_rate
+        return f"the {which} cost has not improved by more than {tol:g} of itself for {patience} epochs (learning rate {rate:.2g})"
     return None
 
 
@@ -121,10 +146,10 @@ def level(history: Sequence[Record], first_norm: float, tol: float | None) -> st
     return None
 
 
-def spent(epochs: int, seconds: float, options: Descent) -> str | None:
-    """Stop when the epochs or the seconds that were allowed are used up."""
+def spent(epochs: int, seconds: float, options: Descent, still: str = "") -> str | None:
+    """Stop when the epochs or the seconds that were allowed are used up; `still` is what else there is to say of the epochs."""
     if options.max_epochs is not None and epochs >= options.max_epochs:
-        return f"all {options.max_epochs:,} epochs were used (max_epochs)"
+        return f"all {options.max_epochs:,} epochs were used (max_epochs){still}"
     if options.max_seconds is not None and seconds >= options.max_seconds:
         return f"{options.max_seconds:g} seconds were used (max_seconds)"
     return None

@@ -254,23 +254,26 @@ class Average(NamedTuple):
         return Average(self.b + (b - self.b) * (rows / total), total)
 
 
+CLOSE = 1e-4  # as a share of a cost: by less, held-out rows cannot tell two epochs apart, and the later has seen more
+
+
 class Best(NamedTuple):
-    """The coefficients of the lowest cost so far.
+    """The latest coefficients whose cost is the lowest so far, or close to it.
 
     Attributes
     ----------
     b : (d, k) float64
         The coefficients.
     cost : float
-        Their cost.
+        The lowest cost.
     """
 
     b: Array
     cost: float
 
     def of(self, b: Array, cost: float) -> Best:
-        """Return the better of these and others."""
-        return Best(b.copy(), cost) if cost < self.cost else self
+        """Return the better of these and later ones."""
+        return Best(b.copy(), min(cost, self.cost)) if cost < np.inf and cost <= (1 + CLOSE) * self.cost else self
 
 
 def as_update(update: Any) -> Update:

@@ -166,7 +166,7 @@ def progress_bar() -> Iterator[Callback]:
                 shown[event.task] = bar.add_task(event.task, total=event.bytes_total)
             bar.update(shown[event.task], completed=event.bytes)
             if event.note:
-                bar.console.print(event.note, highlight=False)
+                bar.console.print(event.note, highlight=False, soft_wrap=True)
 
         yield show
 

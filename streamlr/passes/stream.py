@@ -216,6 +216,7 @@ class RowStream:
     ) -> None:
         self.dataset, self.order, self.prepare, self.width = dataset, order, prepare, width
         self.readers, self.task, self.progress = readers, task, progress
+        self.tally = Tally()  # of the last reading that came to its end
         self._before = begin(dataset)
 
     def epoch(self, number: int, start: Position = Position()) -> Iterator[Stretch]:  # noqa: B008  # an immutable value
@@ -231,7 +232,7 @@ class RowStream:
                 yield from as_stored(pieces, height, self.width, start)
 
     def sample(self, rows: int, max_units: int) -> Array:
-        """Return about so many rows of units from all over the dataset, chosen by the seed; all rows where there are no more.
+        """Return so many rows of units from all over the dataset, chosen by the seed; all their rows where there are no more.
 
         Parameters
         ----------
@@ -244,13 +245,20 @@ class RowStream:
         rng = np.random.default_rng((self.order.seed, 0, 0))
         edges = np.linspace(0, len(units), min(max_units, len(units)) + 1).astype(int)
         chosen = [units[int(rng.integers(a, b))] for a, b in pairwise(edges)]
-        kept_share = self.dataset.n_rows / self.dataset.stored_rows  # of a split
-        share = rows / (kept_share * sum(span.stop - span.start for span in chosen))
-        kept = []
+        most = min(rows, sum(span.stop - span.start for span in chosen))
+        kept, keys, filled = np.empty((most, self.width)), np.empty(most), 0
         with closing(self._pieces(chosen, Position(), whole=False)) as pieces:
-            for _, _, piece in pieces:
-                kept.append(piece.copy() if share >= 1 else piece[rng.random(len(piece)) < share])
-        return np.concatenate(kept) if kept else np.empty((0, self.width))
+            for _, _, piece in pieces:  # nobody knows how many come: those of the least keys stay
+                drawn = rng.random(len(piece))
+                count = min(len(piece), most - filled)
+                kept[filled : filled + count], keys[filled : filled + count] = piece[:count], drawn[:count]
+                filled += count
+                if count < len(piece):
+                    least = np.argpartition(np.concatenate([keys, drawn[count:]]), most)[:most]
+                    new = np.sort(least[least >= most]) - most + count
+                    places = np.setdiff1d(np.arange(most), least)
+                    kept[places], keys[places] = piece[new], drawn[new]
+        return kept[:filled]
 
     def _pieces(self, units: Sequence[Span], start: Position, *, whole: bool = True) -> Generator[Piece, None, None]:
         """Read units in order, by threads that each take every so-manieth unit and run ahead by a few pieces."""
@@ -285,8 +293,9 @@ class RowStream:
                     lane.free.put(None)  # a reader that waits for memory ends
             for thread in threads:
                 thread.join()
+            self.tally = sum((lane.tally for lane in lanes), Tally(rows=skipped))
             if whole:
-                end(self.dataset, self._before, sum((lane.tally for lane in lanes), Tally(rows=skipped)))
+                end(self.dataset, self._before, self.tally)
 
     def _read(self, lane: _Lane, units: Sequence[Span], own: range, key: str) -> None:
         """Thread: read units, prepare their rows, and hand them over; an error is handed over too."""
