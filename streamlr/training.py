@@ -120,7 +120,7 @@ class Training:
             full = self.options.mode == "gd"
             loop = self._full_loop(rows, held_out, walk, kept) if full else self._loop(rows, held_out, walk, kept, plan)
             begun: Any = loop.start() if kept is None else kept.load(loop.start())
-            state = loop.run(begun)
+            state: Any = loop.run(begun)
             if self.progress is not None and not begun.stopped:
                 self._show(rows, state.history[-1])
             coef, intercept = walk.objective.coordinates.to_user(loop.result(state))
