@@ -129,8 +129,8 @@ def write_json(path: str | os.PathLike[str], kind: str, version: int, content: d
         beside.write_text(text + "\n", encoding="utf-8")
 
 
-def read_json(path: str | os.PathLike[str], kind: str, version: int) -> dict[str, Any]:
-    """Read what `write_json` wrote, checking size, kind, version and digest.
+def read_json(path: str | os.PathLike[str], kind: str, version: int, *, most: int | None = None) -> dict[str, Any]:
+    """Read what `write_json` wrote, checking size (at most `most` bytes, by default 256 MiB), kind, version and digest.
 
     Raises
     ------
@@ -142,7 +142,7 @@ def read_json(path: str | os.PathLike[str], kind: str, version: int) -> dict[str
     path = Path(path)
     if not path.is_file():
         raise PathNotFound(f"no file at {path}; check the path")
-    if path.stat().st_size > MAX_JSON_BYTES:
+    if path.stat().st_size > (MAX_JSON_BYTES if most is None else most):
         raise BadFile(f"{path} has {path.stat().st_size:,} bytes, more than any {kind} file; is it the right file?")
     try:
         body = json.loads(path.read_text(encoding="utf-8"))

@@ -25,7 +25,7 @@ from streamlr.passes.memory import one_blas_thread
 from streamlr.training import Training, stretches_of
 
 Array = NDArray[np.float64]
-ETA0, POWER_T, VALIDATION_FRACTION = 0.01, 0.25, 0.1  # scikit-learn's
+ETA0, POWER_T, VALIDATION_FRACTION, UNCHANGED = 0.01, 0.25, 0.1, 5  # scikit-learn's
 UNUSED = {"auto": ("eta0", "power_t"), "constant": ("power_t",), "invscaling": ()}
 
 
@@ -123,7 +123,7 @@ class SGDRegressor(LinearEstimator):
         power_t: float | None = None,
         early_stopping: bool = False,
         validation_fraction: float | None = None,
-        n_iter_no_change: int = 5,
+        n_iter_no_change: int = UNCHANGED,
         warm_start: bool = False,
         average: bool = False,
         batch_size: int = 256,
@@ -271,6 +271,13 @@ class SGDRegressor(LinearEstimator):
         for name in ("fit_intercept", "shuffle", "early_stopping", "warm_start", "average"):
             if not isinstance(getattr(self, name), bool | np.bool_):
                 raise UsageError(f"{name} is {getattr(self, name)!r}; allowed are True and False")
+        if not self.tol and self.n_iter_no_change != UNCHANGED:
+            raise UsageError(
+                f"n_iter_no_change is {self.n_iter_no_change}, and tol is {self.tol!r}: no cost is watched; give a tol above 0, or "
+                "leave n_iter_no_change out"
+            )
+        check_random_state(self.random_state)  # refuses what is no seed
+        self._share()
         if self.validation_fraction is not None and not self.early_stopping:
             raise UsageError("validation_fraction is for early_stopping=True, which holds rows out; leave it out, or ask for that")
         return Descent(
@@ -312,7 +319,7 @@ class SGDRegressor(LinearEstimator):
         return share
 
     def _seed(self) -> int:
-        random = check_random_state(self.random_state)  # refuses what is no seed
+        random = check_random_state(self.random_state)
         return int(self.random_state) if isinstance(self.random_state, int | np.integer) else int(random.randint(2**31 - 1))
 
     @staticmethod

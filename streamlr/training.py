@@ -82,12 +82,15 @@ class Training:
         UsageError
             A batch is larger than the data.
         """
-        rows, _ = self._parts()
+        return self._planned(self._parts()[0])[0]
+
+    def _planned(self, rows: Dataset) -> tuple[Plan, bool]:
+        """Return the plan, and whether a full-batch descent goes by moments: decided once, before a sample takes memory."""
         if self.options.mode == "gd":
             moments = self._draft_moments(rows)
-            return moments if moments.fits else self._plan_slopes(rows)
+            return (moments, True) if moments.fits else (self._plan_slopes(rows), False)
         order, width = self._order(rows)
-        return plan_stream(
+        plan = plan_stream(
             rows,
             order,
             task=self.options.mode,
@@ -97,6 +100,7 @@ class Training:
             passes=self.options.max_epochs or 1,
             memory=self.memory_limit,
         )
+        return plan, False
 
     def run(self, checkpoint: str | os.PathLike[str] | None) -> FittedModel:
         """Go down, from a checkpoint where there is one, and return the model with its cost on the rows it was trained on.
@@ -113,12 +117,12 @@ class Training:
         rows, held_out = self._parts()
         if checkpoint is not None:
             check_apart(self.dataset, checkpoint)
-        plan = self.plan()
+        plan, by_moments = self._planned(rows)
         with nullcontext() if checkpoint is None else held(checkpoint), one_blas_thread():
             kept = None if checkpoint is None else Checkpoint(checkpoint, self._identity(), self.options.checkpoint_every)
             walk = self._walk(rows, plan.tasks_at_once)
             full = self.options.mode == "gd"
-            loop = self._full_loop(rows, held_out, walk, kept) if full else self._loop(rows, held_out, walk, kept, plan)
+            loop = self._full_loop(rows, held_out, walk, kept, by_moments) if full else self._loop(rows, held_out, walk, kept, plan)
             begun: Any = loop.start() if kept is None else kept.load(loop.start())
             state: Any = loop.run(begun)
             if self.progress is not None and not begun.stopped:
@@ -208,10 +212,12 @@ class Training:
         save = _nothing if kept is None else kept.save
         return Loop(self.options, walk, rows.target_names, epoch, validate, self._record(rows), save)
 
-    def _full_loop(self, rows: Dataset, held_out: Dataset | None, walk: Walk, kept: Checkpoint | None) -> FullLoop:
+    def _full_loop(
+        self, rows: Dataset, held_out: Dataset | None, walk: Walk, kept: Checkpoint | None, by_moments: bool
+    ) -> FullLoop:
         """Return the descent by moments where p^2 numbers fit the plan, else by a pass for each step."""
         optimum, slope, validate = None, self._slope_by_data(rows, walk), self._validation(held_out)
-        if self._draft_moments(rows).fits:
+        if by_moments:
             moments = self._moments(rows)
             solution = solve_normal(moments, Direct(), fit_intercept=self.fit_intercept, ridge=self.ridge)
             optimum = penalised(cost_of_moments(moments, solution.coef, solution.intercept), solution.coef, self.ridge)

@@ -318,6 +318,13 @@ def json_of(text: bytes) -> object:
         return None
 
 
+def test_one_that_is_larger_than_other_files_may_be_is_read_back(dataset, tmp_path, monkeypatch):
+    path = tmp_path / "ck.json"
+    model = streamlr.fit(dataset, options_of("minibatch"), checkpoint=path)
+    monkeypatch.setattr("streamlr.descent.checkpoint.MAX_JSON_BYTES", path.stat().st_size - 1_000)
+    assert bits(streamlr.fit(dataset, options_of("minibatch"), checkpoint=path)) == bits(model)
+
+
 class TestPlaces:
     def test_no_such_folder(self, dataset, tmp_path):
         with pytest.raises(PathNotFound, match=r"there is no folder .*nowhere; create it first"):

@@ -171,13 +171,13 @@ def test_defaults_come_near_the_optimum_under_a_penalty(mode, ridge):
     assert -1e-9 < value / least - 1 < 1e-3
 
 
-@pytest.mark.parametrize("update", ["momentum", "nesterov"])
-def test_a_rule_that_remembers_has_time_to_forget_its_start_before_the_rate_falls(update):
+@pytest.mark.parametrize(("update", "most"), [("momentum", 0.2), ("nesterov", 0.05)])  # momentum's oscillations fade more slowly
+def test_a_rule_that_remembers_has_time_to_forget_its_start_before_the_rate_falls(update, most):
     rng = np.random.default_rng(0)
     x = rng.standard_normal((2_000, 10)) * 10.0 ** np.linspace(-1, 1, 10)
     dataset = streamlr.Dataset(x, x @ rng.standard_normal(10) + rng.standard_normal(2_000))
     model = streamlr.fit(dataset, Descent(update=update))  # 80 steps, of which each moves the next ten
-    assert excess(model.cost, streamlr.fit(dataset).cost) < 0.2
+    assert excess(model.cost, streamlr.fit(dataset).cost) < most
 
 
 def tiny() -> Iterator[tuple[str, np.ndarray, np.ndarray]]:

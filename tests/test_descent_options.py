@@ -258,7 +258,7 @@ def test_an_update_is_a_word_or_a_rule(value: Any):
 
 def test_an_option_that_does_not_exist_is_no_option():
     with pytest.raises(TypeError):
-        Descent(streams=2)  # type: ignore[call-arg]
+        Descent(streams=2)
 
 
 # --- batches ---------------------------------------------------------------------------------------

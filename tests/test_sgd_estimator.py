@@ -202,7 +202,10 @@ def test_early_stopping_of_fit_holds_rows_out_and_says_why():
     x, y = make_rows(5000)
     model = SGDRegressor(early_stopping=True, max_iter=50, n_iter_no_change=2, tol=0.01, random_state=0).fit(x, y)
     assert model.n_iter_ < 50
-    assert model.stopped_.startswith("the validation cost has not improved by more than 0.01 of itself for 2 epochs")
+    rate = model.history_[-1].learning_rate
+    assert model.stopped_ == (
+        f"the validation cost has not improved by more than 0.01 of itself for 2 epochs (learning rate {rate:.2g})"
+    )
     assert model.history_[-1].validation is not None
     assert 300 < model.history_[-1].validation.n < 700
     never = SGDRegressor(tol=None, max_iter=12, random_state=0).fit(x, y)
@@ -539,6 +542,21 @@ def test_it_works_where_scikit_learn_users_put_it():
 def test_calls_with_few_rows_teach_as_much_as_calls_with_many(rows):
     x, y = make_rows(6_000)
     assert gap(streamed(SGDRegressor(), x, y, range(0, 6_001, rows)), x, y) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"tol": None, "n_iter_no_change": 7}, "n_iter_no_change is 7"),
+        ({"random_state": "x"}, "x"),
+        ({"early_stopping": True, "validation_fraction": 2.0}, "validation_fraction is 2.0"),
+    ],
+)
+def test_an_option_that_would_not_act_is_refused_by_both(options, says):
+    x, y = make_rows(100)
+    for method in ("fit", "partial_fit"):
+        with pytest.raises(ValueError, match=says):
+            getattr(SGDRegressor(**options), method)(x, y)
 
 
 def test_a_batch_size_changed_in_mid_stream_is_refused_also_where_calls_have_fewer_rows():

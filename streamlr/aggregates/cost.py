@@ -133,14 +133,22 @@ class ResidualsOf:
 
     def of(self, block: Block) -> Residuals:
         """Return the sums over the rows of `block`."""
-        residuals = block.y - predictions(block.x, self.coef, self.intercept)
-        w = np.ones(len(residuals)) if block.weights is None else block.weights
-        columns = Block(block.start, block.stop, np.hstack([residuals, block.y]), block.weights, len(self.target_names))
-        return Residuals(w @ np.abs(residuals), self._columns.of(columns))
+        return residual_sums(block.y - predictions(block.x, self.coef, self.intercept), block.y, block.weights, self.target_names)
 
     @property
     def _columns(self) -> MomentsOf:
         return MomentsOf(self.target_names, self.target_names)
+
+
+def residual_sums(
+    residuals: NDArray[np.float64], y: NDArray[np.float64], weights: NDArray[np.float64] | None, target_names: tuple[str, ...]
+) -> Residuals:
+    """Return the sums over rows with residuals and targets y, both (m, k), and weights (m,) or None."""
+    w = np.ones(len(y)) if weights is None else weights
+    with np.errstate(over="ignore"):
+        magnitudes = w @ np.abs(residuals)
+    columns = Block(0, len(y), np.hstack([residuals, y]), weights, len(target_names))
+    return Residuals(magnitudes, MomentsOf(target_names, target_names).of(columns))
 
 
 def predictions(x: NDArray[np.float64], coef: NDArray[np.float64], intercept: NDArray[np.float64]) -> NDArray[np.float64]:

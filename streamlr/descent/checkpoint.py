@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from base64 import b64decode, b64encode
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ import numpy as np
 
 from streamlr.descent.stopping import Record
 from streamlr.errors import BadFile, UsageError
-from streamlr.files import read_json, to_json, write_json
+from streamlr.files import MAX_JSON_BYTES, read_json, to_json, write_json
 
 S = TypeVar("S")
 FORMAT = "streamlr checkpoint"
@@ -52,7 +53,8 @@ class Checkpoint:
         if not os.path.exists(self.path):  # or a link to where it is to be
             return start
         try:
-            content = read_json(self.path, FORMAT, VERSION)
+            most = MAX_JSON_BYTES + len(json.dumps(_plain(start)))  # the history has room, and arrays as many numbers as they have
+            content = read_json(self.path, FORMAT, VERSION, most=most)
         except BadFile as error:
             raise BadFile(f"{error}; or choose another path, or delete it to start anew") from error
         found = content.get("identity", {})

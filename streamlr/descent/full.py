@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from streamlr.aggregates.cost import Cost, Residuals, ResidualsOf, cost_of_moments
 from streamlr.aggregates.moments import Moments
 from streamlr.dataset.blocks import Block
-from streamlr.descent.loop import GROWN, diverged, grown
+from streamlr.descent.loop import GROWN, diverged, followed, grown
 from streamlr.descent.options import Descent
 from streamlr.descent.scaling import Coordinates
 from streamlr.descent.steps import Iterate, Walk
@@ -265,15 +265,7 @@ class FullLoop:
             The coefficients left the range of float64, or with a given learning rate the cost grew tenfold; one that is found from
             the curvature may start too high, and then knows better after one step.
         """
-        try:
-            while not state.stopped:
-                state = self._step(state)
-                self.save(state)
-        except BaseException as error:
-            if not isinstance(error, Exception):  # Ctrl-C
-                self.save(state, now=True)
-            raise
-        return state
+        return followed(state, lambda now: (self._step(now) for _ in range(1)), self.save)
 
     def result(self, state: FullState) -> Array:
         """Return the coefficients that a state stands for: the best by held-out rows, else the last."""

@@ -6,14 +6,13 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from time import monotonic
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from streamlr.aggregates.cost import Cost, Residuals
+from streamlr.aggregates.cost import Cost, Residuals, residual_sums
 from streamlr.aggregates.moments import MomentsOf
-from streamlr.dataset.blocks import Block
 from streamlr.descent.options import Descent
 from streamlr.descent.scaling import SMALLEST
 from streamlr.descent.steps import Iterate, Walk
@@ -25,6 +24,18 @@ Array = NDArray[np.float64]
 SEEN_ROWS = 8192  # residuals are added up by so many; between two such sums nothing is pending, and the state can be kept
 GROWN = 10.0  # times the cost of the start: by then nobody believes that it comes back
 RUINED = 1e3  # within an epoch
+
+
+class Stoppable(Protocol):
+    """A state that says why it stopped, once it has."""
+
+    @property
+    def stopped(self) -> str:
+        """Why; empty while it runs."""
+        ...
+
+
+S = TypeVar("S", bound=Stoppable)
 
 
 class Seen(NamedTuple):
@@ -130,16 +141,7 @@ class Loop:
         Diverged
             The coefficients left the range of float64, or the cost grew tenfold.
         """
-        try:
-            while not state.stopped:
-                with closing(self._through_epoch(state)) as states:
-                    for state in states:  # the last one is where the next epoch starts
-                        self.save(state)
-        except BaseException as error:
-            if not isinstance(error, Exception):  # Ctrl-C
-                self.save(state, now=True)
-            raise
-        return state
+        return followed(state, self._through_epoch, self.save)
 
     def result(self, state: State) -> Array:
         """Return the coefficients that a state stands for: the best by held-out rows, else the average, else the last."""
@@ -226,12 +228,10 @@ class Loop:
             if not np.isfinite(squares).all():
                 return seen._replace(squares=seen.squares + squares)
             scale, mean = coordinates.target_scale, coordinates.target_mean
-            columns = np.hstack([residuals * scale, targets * scale + mean])
-            weights = w * coordinates.mean_weight
-            magnitudes = weights @ np.abs(columns[:, :k])
-        block = Block(0, len(columns), columns, weights if coordinates.weighted else None, k)
-        added = Residuals(magnitudes, MomentsOf(self.target_names, self.target_names).of(block))
-        steps = seen.steps + -(-len(columns) // self.walk.objective.batch_rows)
+            residuals, targets = residuals * scale, targets * scale + mean
+            weights = w * coordinates.mean_weight if coordinates.weighted else None
+        added = residual_sums(residuals, targets, weights, self.target_names)
+        steps = seen.steps + -(-len(targets) // self.walk.objective.batch_rows)
         return Seen(seen.residuals + added, seen.squares + squares, steps)
 
     def _check(self, state: State, growth: float) -> None:
@@ -268,6 +268,20 @@ class Loop:
             seconds=state.seconds,
             complete=complete,
         )
+
+
+def followed(state: S, states: Callable[[S], Generator[S, None, None]], save: Callable[..., None]) -> S:
+    """Go from state to state until one says why it stopped, saving each; an interruption saves the last one, due or not."""
+    try:
+        while not state.stopped:
+            with closing(states(state)) as following:
+                for state in following:  # the last one is where the next begins
+                    save(state)
+    except BaseException as error:
+        if not isinstance(error, Exception):  # Ctrl-C
+            save(state, now=True)
+        raise
+    return state
 
 
 def restarts(epoch: int) -> bool:

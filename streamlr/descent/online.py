@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from streamlr.aggregates.cost import Residuals
+from streamlr.aggregates.cost import Residuals, residual_sums
 from streamlr.aggregates.moments import MomentsOf
-from streamlr.dataset.blocks import Block
 from streamlr.descent.automatic import HOLD, SAMPLE_ROWS, Automatic, sample_rows, walk_of
-from streamlr.descent.loop import RUINED, diverged, restarts
+from streamlr.descent.loop import RUINED, diverged, grown, restarts
 from streamlr.descent.options import Descent
 from streamlr.descent.scaling import Coordinates
 from streamlr.descent.schedules import InverseScaling
@@ -176,24 +175,22 @@ class Online:
             if total >= due:
                 state = self._moved(state, origin, steps)
                 state = state._replace(known=total, sample=state.sample if self._due(state._replace(known=total)) else ())
-        walk, here = state.walk, state.here
+        walk, before = state.walk, state.here
         assert walk is not None
-        assert here is not None
+        assert before is not None
         coordinates, q = walk.objective.coordinates, self.n_features + self.n_targets
         prepared = np.empty((len(rows), coordinates.width))
         with np.errstate(all="ignore"):  # what leaves the range of float64 is found below
             coordinates.prepare(rows[:, :q], rows[:, q], prepared)
             # the rate falls with rows, so that calls with less than a batch, which count for as much less, make it fall no sooner
-            here, residuals = walk.over(prepared, here._replace(step=state.first_step + state.rows // self.batch_rows))
-            met = np.hstack([residuals * coordinates.target_scale, rows[:, self.n_features : q]])
+            here, residuals = walk.over(prepared, before._replace(step=state.first_step + state.rows // self.batch_rows))
             behind, w = prepared[:, coordinates.n_trained : -1], prepared[:, -1]
             squares = state.squares + np.array([(w @ residuals**2).sum(), (w @ behind**2).sum()])
-        grown = self.options.learning_rate != "auto" and squares[0] > RUINED * max(squares[1], np.finfo(np.float64).tiny)
-        if grown or not (np.isfinite(squares).all() and np.isfinite(here.b).all()):
-            grew = f"the cost has grown to {squares[0] / squares[1]:.3g} times that of the start" if grown else LEFT
-            raise diverged(walk, here.step, state.here.b, state.history, grew)  # type: ignore[union-attr]
-        block = Block(state.rows, total, met, rows[:, q], self.n_targets)
-        seen = Residuals(rows[:, q] @ np.abs(met[:, : self.n_targets]), MomentsOf(self._names, self._names).of(block))
+        finite = np.isfinite(squares).all() and np.isfinite(here.b).all()
+        growth = np.inf if self.options.learning_rate == "auto" else RUINED
+        if what := grown(squares[0] if finite else np.inf, squares[1], growth):
+            raise diverged(walk, here.step, before.b, state.history, what)
+        seen = residual_sums(residuals * coordinates.target_scale, rows[:, self.n_features : q], rows[:, q], self._names)
         return state._replace(here=here, rows=total, seen=state.seen + seen, squares=squares)
 
     def _moved(self, state: Standing, origin: tuple[Array, Array] | None, steps: int) -> Standing:
@@ -249,9 +246,6 @@ class Online:
         steps = -(-state.seen.moments.n // self.batch_rows)
         rate, norm = float(walk.schedule(max(here.step - 1, 0))), float(np.linalg.norm(here.gradients)) / steps
         return Record(1, here.step, state.rows, rate, cost, None, norm, None, walk.scale, 0.0, complete=False)
-
-
-LEFT = "the coefficients left float64's range"
 
 
 def endless(walk: Walk, schedule: Automatic) -> Walk:

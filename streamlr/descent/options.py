@@ -49,8 +49,9 @@ class Descent:
         What a gradient does.
     scale : "auto", "standard", "whiten" or None
         Coordinates: columns centred and in units of their deviation; decorrelated besides, by the eigenvectors of a sample; as they
-        are. "auto" decorrelates where the eigenvalues of the sample's correlations spread by more than five, p is at most 1,000 and
-        the sample has rows enough; else, and for "gd", it is "standard". Coefficients come back in the user's units.
+        are. "auto" decorrelates where the eigenvalues of the sample's correlations spread by more than five or there are fewer than
+        1,000 steps, p is at most 1,000 and the sample has rows enough; else, and for "gd", it is "standard". Coefficients come back
+        in the user's units.
     max_epochs : int or None
         Passes over the training rows at most; None for 10, and 10,000 for "gd".
     tol : float or None

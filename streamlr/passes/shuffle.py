@@ -48,6 +48,7 @@ class Position(NamedTuple):
     offset: int = 0
 
 
+START = Position()
 Stretch = tuple[Array, Position]
 
 

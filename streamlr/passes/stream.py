@@ -23,7 +23,7 @@ from streamlr.errors import MemoryLimitExceeded
 from streamlr.passes.memory import one_blas_thread
 from streamlr.passes.planning import block_spans, make_plan
 from streamlr.passes.progress import Callback, running_pass, share_of_pass
-from streamlr.passes.shuffle import Piece, Position, Stretch, as_stored, shuffled
+from streamlr.passes.shuffle import START, Piece, Position, Stretch, as_stored, shuffled
 from streamlr.passes.tasks import begin, end, with_computed
 
 UNIT_BYTES = 4 * 2**20  # smaller chunks are read several at a time
@@ -219,7 +219,7 @@ class RowStream:
         self.tally = Tally()  # of the last reading that came to its end
         self._before = begin(dataset)
 
-    def epoch(self, number: int, start: Position = Position()) -> Iterator[Stretch]:  # noqa: B008  # an immutable value
+    def epoch(self, number: int, start: Position = START) -> Iterator[Stretch]:
         """Yield the stretches of an epoch from `start` on, and check at its end that every row was seen and none has changed."""
         dataset, order = self.dataset, self.order
         units = order.units(dataset, number)
@@ -247,7 +247,7 @@ class RowStream:
         chosen = [units[int(rng.integers(a, b))] for a, b in pairwise(edges)]
         most = min(rows, sum(span.stop - span.start for span in chosen))
         kept, keys, filled = np.empty((most, self.width)), np.empty(most), 0
-        with closing(self._pieces(chosen, Position(), whole=False)) as pieces:
+        with closing(self._pieces(chosen, START, whole=False)) as pieces:
             for _, _, piece in pieces:  # nobody knows how many come: those of the least keys stay
                 drawn = rng.random(len(piece))
                 count = min(len(piece), most - filled)

@@ -33,7 +33,7 @@ from streamlr.errors import (
     StoreChanged,
 )
 from streamlr.passes import stream as stream_module
-from streamlr.passes.shuffle import Position
+from streamlr.passes.shuffle import START, Position
 from streamlr.passes.stream import Order, RowStream, plan_stream, unit_spans
 
 N, P = 20_000, 6
@@ -89,7 +89,7 @@ def stream_of(dataset: streamlr.Dataset, readers: int = 2, progress=None, prepar
     )
 
 
-def epoch_of(dataset: streamlr.Dataset, readers: int = 2, number: int = 0, start: Position = Position(), **order) -> Array:  # noqa: B008
+def epoch_of(dataset: streamlr.Dataset, readers: int = 2, number: int = 0, start: Position = START, **order) -> Array:
     stretches = [found.copy() for found, _ in stream_of(dataset, readers, **order).epoch(number, start)]
     return np.concatenate(stretches) if stretches else np.empty((0, 0))
 
