@@ -298,9 +298,10 @@ class Training:
         }
 
 
-def _as_read(columns: Array, weights: Array | None, out: Array) -> None:
-    out[:, : columns.shape[1]] = columns
-    out[:, columns.shape[1] :] = 1.0 if weights is None else weights[:, None]
+def _as_read(x: Array, y: Array, weights: Array | None, out: Array) -> None:
+    p, q = x.shape[1], x.shape[1] + y.shape[1]
+    out[:, :p], out[:, p:q] = x, y
+    out[:, q:] = 1.0 if weights is None else weights[:, None]
 
 
 def stretches_of(dataset: Dataset, batch_rows: int) -> Iterator[Array]:

@@ -28,7 +28,8 @@ def tables(draw: st.DrawFn) -> tuple[Array, Array | None, int]:
 
 def prepared(coordinates: Coordinates, columns: Array, weights: Array | None) -> Array:
     rows = np.full((len(columns), coordinates.width), np.nan)
-    coordinates.prepare(columns, weights, rows)
+    p = coordinates.n_features
+    coordinates.prepare(columns[:, :p], columns[:, p:], weights, rows)
     return rows
 
 

@@ -33,7 +33,8 @@ class Rows:
         """The rows from start to stop, less those that are dropped, in memory that is used again."""
         keep = self.kept[start:stop]
         weights = None if self.weights is None else self.weights[start:stop][keep]
-        return Block(start, stop, self.columns[start:stop][keep], weights, 2)
+        x, y = (part[start:stop][keep] for part in (self.columns[:, :2].copy(), self.columns[:, 2:].copy()))
+        return Block.of(start, stop, x, y, weights)
 
     def partial(self, start: int, stop: int, statistic: Statistic[Moments]) -> Partial[Moments]:
         """What a span leaves."""
@@ -41,7 +42,7 @@ class Rows:
         for piece in tile_edges(start, stop, TILE):
             block = self.block(piece.start, piece.stop)
             partial.take(block)
-            block.columns[:] = np.nan  # the reader uses its memory again: nothing may still point there
+            block.x[:] = block.y[:] = np.nan  # the reader uses its memory again: nothing may still point there
         return partial
 
 
@@ -124,12 +125,12 @@ def test_joining_leaves_the_joined_as_they_were():
     parts = [rows.partial(0, 13, statistic), rows.partial(13, 50, statistic)]
     for part in parts:
         part_nodes = {node: value.copy() for node, value in part.nodes.items()}
-        pieces = {tile: [piece.columns.copy() for piece in held] for tile, held in part.ragged.items()}
+        pieces = {tile: [np.hstack([piece.x, piece.y]) for piece in held] for tile, held in part.ragged.items()}
         Partial(part.tree, statistic).join(parts)
         assert all(same_bits(part.nodes[node], value) for node, value in part_nodes.items())
         assert part.nodes.keys() == part_nodes.keys()
         for tile, held in pieces.items():
-            assert all((one.columns == other).all() for one, other in zip(part.ragged[tile], held, strict=True))
+            assert all((np.hstack([one.x, one.y]) == other).all() for one, other in zip(part.ragged[tile], held, strict=True))
 
 
 @given(st.integers(1, 2000), st.data())
@@ -153,6 +154,6 @@ def test_open_nodes_are_as_few_as_planned(n_tiles: int, data: st.DataObject):
 
     partial = Partial(tree, Counting())
     for row in range(first, last):
-        partial.take(Block(row, row + 1, np.empty((1, 1)), None, 1))
+        partial.take(Block.of(row, row + 1, np.empty((1, 1)), np.empty((1, 0))))
     assert len(partial.nodes) <= open_nodes(last - first)
     assert sum(partial.nodes.values()) == last - first

@@ -13,6 +13,7 @@ from streamlr.errors import NumericalError, UsageError
 # A column keeps its own unit while its squares stay well inside the range of float64, so that sums of them do too.
 SMALL, LARGE = 1e-150, 1e150
 CONSTANT = 32 * float(np.finfo(np.float64).eps)  # a column varies by more than this beside its mean, or by rounding
+NEGLIGIBLE = float(np.finfo(np.float64).eps) / 8  # of a sum of squares: far below what its own rounding amounts to
 RESOLUTION = 8 * float(np.finfo(np.float64).eps)  # of a difference of sums, beside the sum of their sizes
 NO_SCALE = -4096  # the exponent of a column that has shown nothing but zeros: below every other, so that any other wins
 
@@ -51,7 +52,7 @@ class Moments:
     Examples
     --------
     >>> import numpy as np
-    >>> block = Block(0, 3, np.array([[1.0, 2.0], [2.0, 4.0], [3.0, 6.0]]), None, 1)
+    >>> block = Block.of(0, 3, np.array([[1.0], [2.0], [3.0]]), np.array([[2.0], [4.0], [6.0]]))
     >>> m = MomentsOf(("x",), ("y",)).of(block)
     >>> m.n, m.mean.tolist(), m.scatter.tolist()
     (3, [2.0, 4.0], [[2.0, 4.0], [4.0, 8.0]])
@@ -189,22 +190,24 @@ class MomentsOf:
 
     def of(self, block: Block) -> Moments:
         """Return the moments of the rows of `block`."""
-        n, weights = len(block.columns), block.weights
+        n, weights = len(block.x), block.weights
         n_weighted = n if weights is None else int(np.count_nonzero(weights))
         if n_weighted == 0:
             return replace(self.empty(), n=n)
         exponent = np.zeros(self.width, dtype=np.int32)
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
             total = float(n) if weights is None else float(weights.sum())
-            mean, rest, scatter = _centred_product(block.columns, weights, total)
+            mean, rest, scatter = _centred_product(block, total)
             squares = np.diagonal(scatter)
             unusual = ~((squares > SMALL) & (squares < LARGE) & (mean * mean < LARGE))
             if unusual.any():
-                exponent[unusual] = _exponents(block.columns[:, unusual])
+                exponent[unusual] = _exponents(block, np.flatnonzero(unusual))
                 unit = np.where(exponent == NO_SCALE, 0, exponent)
                 if unit.any():
-                    mean, rest, scatter = _centred_product(np.ldexp(block.columns, -unit), weights, total)
-        if not np.isfinite(scatter).all():
+                    p = len(self.feature_names)
+                    x, y = np.ldexp(block.x, -unit[:p]), np.ldexp(block.y, -unit[p:])
+                    mean, rest, scatter = _centred_product(Block.of(block.start, block.stop, x, y, weights), total)
+        if not np.isfinite(np.diagonal(scatter)).all():
             raise NumericalError(
                 f"the squares of rows {block.start:,} to {block.stop - 1:,} overflow although every value is finite; "
                 "are there weights near 1e300? divide them by their largest"
@@ -212,24 +215,26 @@ class MomentsOf:
         return Moments(n, n_weighted, total, mean, rest, scatter, exponent, self.feature_names, self.target_names)
 
 
-def _centred_product(
-    columns: NDArray[np.float64], weights: NDArray[np.float64] | None, total: float
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Return mean, what its rounding left out, and scatter of the rows of `columns`.
+def _centred_product(block: Block, total: float) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Return mean, what its rounding left out, and scatter of the rows of a block, whose weights sum to `total`.
 
-    The mean is corrected by the mean of what centring left, and the scatter by its square, so that a column far from zero loses
-    nothing to the rounding of its first mean. The product is the symmetric one, `z.T @ z` of one contiguous array: another
-    spelling would give other bits.
+    The mean is corrected by the mean of what centring left, and the scatter by its square where that matters, so that a column far
+    from zero loses nothing to the rounding of its first mean. The product is the symmetric one, `z.T @ z` of one contiguous array:
+    another spelling would give other bits.
     """
-    w = np.ones(len(columns)) if weights is None else weights
-    mean = (w @ columns) / total
-    z = columns - mean
+    x, y, weights = block.x, block.y, block.weights
+    w = np.ones(len(x)) if weights is None else weights
+    mean = (block.sums if weights is None else np.concatenate([w @ x, w @ y])) / total
+    z = block.workspace(len(mean))
+    np.subtract(x, mean[: x.shape[1]], out=z[:, : x.shape[1]])
+    np.subtract(y, mean[x.shape[1] :], out=z[:, x.shape[1] :])
     left = (w @ z) / total
     if weights is not None:
         z *= np.sqrt(weights)[:, None]
     scatter = z.T @ z
-    scatter -= (left * total)[:, None] * left
-    np.fill_diagonal(scatter, np.maximum(np.diagonal(scatter), 0.0))  # of a constant, rounding may leave less than nothing
+    if (left * left * total > NEGLIGIBLE * np.diagonal(scatter)).any():
+        scatter -= (left * total)[:, None] * left
+        np.fill_diagonal(scatter, np.maximum(np.diagonal(scatter), 0.0))  # of a constant, rounding may leave less than nothing
     return *_exact_sum(mean, left), scatter
 
 
@@ -240,9 +245,10 @@ def _exact_sum(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[NDArray[
     return rounded, (a - (rounded - of_b)) + (b - of_b)
 
 
-def _exponents(columns: NDArray[np.float64]) -> NDArray[np.int32]:
-    """Return the power of two nearest above each column's largest magnitude, 0 for those of ordinary size."""
-    largest = np.abs(columns).max(axis=0)
+def _exponents(block: Block, columns: NDArray[np.intp]) -> NDArray[np.int32]:
+    """Return the power of two nearest above the largest magnitude in each of some columns, 0 for those of ordinary size."""
+    p = block.x.shape[1]
+    largest = np.array([np.abs(block.x[:, j] if j < p else block.y[:, j - p]).max() for j in columns])
     exponent = np.frexp(largest)[1].astype(np.int32)
     exponent[(largest > np.sqrt(SMALL)) & (largest < np.sqrt(LARGE))] = 0
     exponent[largest == 0] = NO_SCALE

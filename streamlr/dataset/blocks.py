@@ -10,7 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-TILE_BYTES = 2**20  # what one core's second-level cache holds; larger tiles gained nothing, smaller ones cost call overhead
+from streamlr.dataset.buffers import Buffer
+
+TILE_BYTES = 3 * 2**20  # half of it or more is used; smaller tiles cost call overhead, larger ones leave the core's caches
 MIN_SPAN_BYTES = 16 * 2**20
 MAX_SPAN_BYTES = 256 * 2**20
 SPANS_PER_WORKER = 8  # so that the last spans balance the cores
@@ -25,41 +27,59 @@ class Block:
     ----------
     start, stop : int
         The rows of the dataset that this block covers.
-    columns : (m, p + k) float64
-        Features and, behind them, targets, of the m <= stop - start rows that are kept; C-contiguous.
+    x, y : (m, p) and (m, k) float64
+        Features and targets of the m <= stop - start rows that are kept; C-contiguous, and perhaps where somebody else keeps them:
+        not to be written to.
     weights : (m,) float64 or None
         Weights of the kept rows.
-    n_features : int
-        How many of the columns are features.
+    sums : (p + k,) float64
+        Sums of the columns, by which the reader saw that every value is finite.
+    room : Buffer or None
+        Memory to work in that its owner uses again for the next block.
     """
 
     start: int
     stop: int
-    columns: NDArray[np.float64]
+    x: NDArray[np.float64]
+    y: NDArray[np.float64]
     weights: NDArray[np.float64] | None
-    n_features: int
+    sums: NDArray[np.float64]
+    room: Buffer | None = None
 
-    @property
-    def x(self) -> NDArray[np.float64]:
-        """Features, (m, p)."""
-        return self.columns[:, : self.n_features]
+    @classmethod
+    def of(
+        cls,
+        start: int,
+        stop: int,
+        x: NDArray[np.float64],
+        y: NDArray[np.float64],
+        weights: NDArray[np.float64] | None = None,
+        room: Buffer | None = None,
+    ) -> Block:
+        """Return a block of these rows."""
+        with np.errstate(all="ignore"):
+            ones = np.ones(len(x))
+            sums = np.concatenate([ones @ x, ones @ y])
+        return cls(start, stop, x, y, weights, sums, room)
 
-    @property
-    def y(self) -> NDArray[np.float64]:
-        """Targets, (m, k)."""
-        return self.columns[:, self.n_features :]
+    def workspace(self, width: int) -> NDArray[np.float64]:
+        """Return memory for `width` numbers a row, with anything in it; what was taken before is overwritten."""
+        shape = len(self.x), width
+        if self.room is None:
+            return np.empty(shape)
+        return self.room.take(8 * shape[0] * shape[1]).view(np.float64).reshape(shape)
 
     def copy(self) -> Block:
         """Return a block that owns its rows."""
         weights = None if self.weights is None else self.weights.copy()
-        return Block(self.start, self.stop, self.columns.copy(), weights, self.n_features)
+        return Block(self.start, self.stop, self.x.copy(), self.y.copy(), weights, self.sums)
 
     def followed_by(self, later: Block) -> Block:
         """Return this block and the one that starts where it stops, as one."""
         weights = None
         if self.weights is not None and later.weights is not None:
             weights = np.concatenate([self.weights, later.weights])
-        return Block(self.start, later.stop, np.concatenate([self.columns, later.columns]), weights, self.n_features)
+        return Block.of(self.start, later.stop, np.concatenate([self.x, later.x]), np.concatenate([self.y, later.y]), weights)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +98,7 @@ def tile_rows(n_columns: int) -> int:
     Examples
     --------
     >>> tile_rows(101), tile_rows(11), tile_rows(1001)
-    (1024, 8192, 4096)
+    (2048, 32768, 4096)
     """
     cached = TILE_BYTES // (8 * max(n_columns, 1))
     return max(1 << (max(cached, 1).bit_length() - 1), 1 << (4 * n_columns - 1).bit_length())

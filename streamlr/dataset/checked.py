@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from streamlr.dataset.blocks import Block, Span, tile_edges
+from streamlr.dataset.buffers import Buffer
+from streamlr.dataset.rows import Rows
 from streamlr.dataset.tally import Tally
 from streamlr.errors import DataError, NonFiniteValue
 
@@ -23,8 +26,9 @@ class DatasetReader:
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
-        self._readers = [rows.reader() for rows in dataset.arrays]
-        self._buffers: tuple[NDArray[np.float64], NDArray[np.float64] | None] = (np.empty((0, 0)), None)
+        self._x, self._y = _Beside(dataset.features), _Beside(dataset.targets)
+        self._weights = None if dataset.weights is None else _Beside([dataset.weights])
+        self._room = Buffer()
 
     def blocks(self, span: Span, report: Callable[[Tally], None]) -> Iterator[Block]:
         """Read the rows of a span: blocks that end where tiles end, promoted, checked and with missing rows left out.
@@ -41,60 +45,43 @@ class DatasetReader:
         Block
             Valid until the next one is asked for: its memory is used again.
         """
-        dataset = self.dataset
-        columns, weights = self._tile(min(dataset.tile_rows, span.stop - span.start))
-        places = self._places(columns, weights)
-        missing_before = sum(reader.chunks_missing for reader in self._readers)
-        for piece in tile_edges(span.start, span.stop, dataset.tile_rows):
-            height = piece.stop - piece.start
-            for reader, place in zip(self._readers, places, strict=True):
-                reader.read_into(place[:height], piece.start)
-            w = None if weights is None else weights[:height, 0]
-            rounded = self._rounded(columns[:height])
-            block, dropped, by_column = self._checked(piece, columns[:height], w)
-            chunks_missing = sum(reader.chunks_missing for reader in self._readers)
-            report(Tally(height, dropped, by_column, chunks_missing - missing_before, rounded))
+        missing_before = self._chunks_missing()
+        for piece in tile_edges(span.start, span.stop, self.dataset.tile_rows):
+            x, y = self._x.rows(piece), self._y.rows(piece)
+            weights = None if self._weights is None else self._weights.rows(piece)[:, 0]
+            rounded = {self.dataset.feature_names[j] for j in self._x.rounded(x)}
+            rounded |= {self.dataset.target_names[j] for j in self._y.rounded(y)}
+            block, dropped, by_column = self._checked(piece, x, y, weights)
+            chunks_missing = self._chunks_missing()
+            report(Tally(piece.stop - piece.start, dropped, by_column, chunks_missing - missing_before, frozenset(rounded)))
             missing_before = chunks_missing
             yield block
 
-    def _tile(self, height: int) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
-        """Return memory for a tile of this height and its weights; the same for every span."""
-        dataset = self.dataset
-        if len(self._buffers[0]) < height:
-            columns = np.empty((height, dataset.n_features + dataset.n_targets))
-            self._buffers = columns, None if dataset.weights is None else np.empty((height, 1))
-        return self._buffers
-
-    def _places(self, columns: NDArray[np.float64], weights: NDArray[np.float64] | None) -> list[NDArray[np.float64]]:
-        """Which columns of the tile each array fills."""
-        places, at = [], 0
-        for rows in (*self.dataset.features, *self.dataset.targets):
-            places.append(columns[:, at : at + rows.n_columns])
-            at += rows.n_columns
-        return places if weights is None else [*places, weights]
+    def _chunks_missing(self) -> int:
+        return sum(side.chunks_missing for side in (self._x, self._y, self._weights) if side is not None)
 
     def _checked(
-        self, piece: Span, columns: NDArray[np.float64], weights: NDArray[np.float64] | None
+        self, piece: Span, x: NDArray[np.float64], y: NDArray[np.float64], weights: NDArray[np.float64] | None
     ) -> tuple[Block, int, dict[str, int]]:
         positions: NDArray[np.int64] | None = None
         if self.dataset.subsets:
             positions = np.flatnonzero(self.dataset.chosen(piece.start, piece.stop))
-            columns, weights = columns[positions], None if weights is None else weights[positions]
+            x, y, weights = x[positions], y[positions], None if weights is None else weights[positions]
         dropped = 0
         by_column: dict[str, int] = {}
-        with np.errstate(all="ignore"):  # one product tells whether all is finite; only then is the place looked for
-            sums = np.ones(len(columns)) @ columns
-        if not np.isfinite(sums).all() or (weights is not None and not np.isfinite(weights.sum())):
-            columns, weights, dropped, by_column = self._without_missing(piece, positions, columns, weights)
+        block = Block.of(piece.start, piece.stop, x, y, weights, self._room)
+        # sums tell whether all is finite; only then is the place looked for
+        if not np.isfinite(block.sums).all() or (weights is not None and not np.isfinite(weights.sum())):
+            block, dropped, by_column = self._without_missing(block, positions)
         if weights is not None and (weights < 0).any():
-            row = _row(piece, positions, int(np.argmax(weights < 0)))
-            raise DataError(f"row {row:,} has the weight {weights[np.argmax(weights < 0)]!r}; allowed are finite numbers from 0 on")
-        return Block(piece.start, piece.stop, columns, weights, self.dataset.n_features), dropped, by_column
+            i = int(np.argmax(weights < 0))
+            raise DataError(
+                f"row {_row(piece, positions, i):,} has the weight {weights[i]!r}; allowed are finite numbers from 0 on"
+            )
+        return block, dropped, by_column
 
-    def _without_missing(
-        self, piece: Span, positions: NDArray[np.int64] | None, columns: NDArray[np.float64], weights: NDArray[np.float64] | None
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64] | None, int, dict[str, int]]:
-        everything = columns if weights is None else np.column_stack([columns, weights])
+    def _without_missing(self, block: Block, positions: NDArray[np.int64] | None) -> tuple[Block, int, dict[str, int]]:
+        everything = np.column_stack([block.x, block.y, *([] if block.weights is None else [block.weights])])
         names = (*self.dataset.feature_names, *self.dataset.target_names, "weights")
         refused = ~np.isfinite(everything) if self.dataset.missing == "error" else np.isinf(everything)
         if refused.any():
@@ -104,7 +91,7 @@ class DatasetReader:
                 if np.isnan(everything[i, j])
                 else "repair the data: an infinity is not a missing value"
             )
-            row = _row(piece, positions, i)
+            row = _row(block, positions, i)
             raise NonFiniteValue(
                 f"row {row:,}, column {names[j]!r} is {everything[i, j]} (NaN or infinity is not allowed); {remedy}"
             )
@@ -113,20 +100,45 @@ class DatasetReader:
         dropped = int((~keep).sum())
         by_column = {names[j]: int(count) for j, count in enumerate(lacking.sum(axis=0)) if count}
         if self.dataset.missing == "keep":
-            return columns, weights, dropped, by_column
-        return columns[keep], None if weights is None else weights[keep], dropped, by_column
-
-    def _rounded(self, columns: NDArray[np.float64]) -> frozenset[str]:
-        """Columns of 64-bit integers in which this tile has one that float64 cannot hold."""
-        names: set[str] = set()
-        at = 0
-        for rows in (*self.dataset.features, *self.dataset.targets):
-            if rows.dtype.kind in "iu" and rows.dtype.itemsize == 8:
-                beyond = (np.abs(columns[:, at : at + rows.n_columns]) >= EXACT_INTEGERS).any(axis=0)
-                names.update((*self.dataset.feature_names, *self.dataset.target_names)[at + j] for j in np.flatnonzero(beyond))
-            at += rows.n_columns
-        return frozenset(names)
+            return block, dropped, by_column
+        weights = None if block.weights is None else block.weights[keep]
+        kept = Block.of(block.start, block.stop, block.x[keep], block.y[keep], weights, self._room)
+        return kept, dropped, by_column
 
 
-def _row(piece: Span, positions: NDArray[np.int64] | None, number: int) -> int:
+class _Beside:
+    """Reads the columns of some arrays side by side: where they lie if they lie together, else copied into memory of its own."""
+
+    def __init__(self, arrays: Sequence[Rows]) -> None:
+        self._readers = [rows.reader() for rows in arrays]
+        ends = list(itertools.accumulate((rows.n_columns for rows in arrays), initial=0))
+        self._places = [slice(*ends[i : i + 2]) for i in range(len(arrays))]
+        self._inexact = [
+            place for rows, place in zip(arrays, self._places, strict=True) if rows.dtype.kind in "iu" and rows.dtype.itemsize == 8
+        ]
+        self._width = ends[-1]
+        self._tile = Buffer()
+
+    @property
+    def chunks_missing(self) -> int:
+        """Absent chunks that were read as fill values so far."""
+        return sum(reader.chunks_missing for reader in self._readers)
+
+    def rows(self, piece: Span) -> NDArray[np.float64]:
+        """Return the rows of a piece, (m, columns) in C order, valid until the next are asked for."""
+        if len(self._readers) == 1 and (view := self._readers[0].view(piece.start, piece.stop)) is not None:
+            return view
+        shape = piece.stop - piece.start, self._width
+        tile = self._tile.take(8 * shape[0] * shape[1]).view(np.float64).reshape(shape)
+        for reader, place in zip(self._readers, self._places, strict=True):
+            reader.read_into(tile[:, place], piece.start)
+        return tile
+
+    def rounded(self, rows: NDArray[np.float64]) -> list[int]:
+        """Return the positions of columns of 64-bit integers in which these rows have one that float64 cannot hold."""
+        beyond = [np.flatnonzero((np.abs(rows[:, place]) >= EXACT_INTEGERS).any(axis=0)) + place.start for place in self._inexact]
+        return [int(j) for found in beyond for j in found]
+
+
+def _row(piece: Span | Block, positions: NDArray[np.int64] | None, number: int) -> int:
     return piece.start + (number if positions is None else int(positions[number]))

@@ -22,6 +22,13 @@ class Reader(Protocol):
         """Fill `out` (m, c) with the rows start, ..., start + m - 1, promoted to float64."""
         ...
 
+    def view(self, start: int, stop: int) -> NDArray[np.float64] | None:
+        """Return the rows [start, stop) where they lie, valid until others are read, if that is as (m, c) float64 in C order.
+
+        None where they do not: `read_into` copies them.
+        """
+        ...
+
 
 class Rows(Protocol):
     """Some columns of one array, of which `Reader`s can be made; small and picklable."""
@@ -84,6 +91,12 @@ def check_dtype(dtype: np.dtype[Any], label: str) -> None:
             "c": "split complex numbers into real and imaginary columns",
         }.get(dtype.kind, "code text and categories as numbers first, for example with `streamlr ingest --formula`")
         raise UnsupportedDtype(f"array {label!r} has dtype {dtype}; allowed are integers, bool and float16 to float64: {advice}")
+
+
+def as_float64(rows: NDArray[Any]) -> NDArray[np.float64] | None:
+    """Return rows that are float64 in C order already, as BLAS takes them; None for others."""
+    plain = rows.dtype == np.float64 and rows.flags.c_contiguous and rows.flags.aligned
+    return rows if plain else None
 
 
 def plain_array(values: Any) -> NDArray[Any]:
@@ -168,3 +181,7 @@ class MemoryReader:
         """Fill `out` with the rows from `start` on."""
         first = start - self.offset
         out[...] = self.array[first : first + len(out)]
+
+    def view(self, start: int, stop: int) -> NDArray[np.float64] | None:
+        """Return the rows [start, stop) of the array itself."""
+        return as_float64(self.array[start - self.offset : stop - self.offset])

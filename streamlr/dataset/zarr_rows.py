@@ -18,7 +18,7 @@ from zarr.codecs import ShardingCodec
 from streamlr.dataset.buffers import Buffer
 from streamlr.dataset.codecs import KNOWN_V2, ChunkCodec, ZarrCodec, check_memory, chunk_codec
 from streamlr.dataset.integrity import array_fingerprint, check_complete, check_current, local_root
-from streamlr.dataset.rows import check_dtype
+from streamlr.dataset.rows import as_float64, check_dtype
 from streamlr.dataset.stored_chunks import StoredChunks
 from streamlr.errors import ChunkMissing, DataError, StoreChanged, StoreIncomplete, UnsupportedDtype
 
@@ -157,6 +157,7 @@ class ZarrReader:
         self._stored = StoredChunks(rows.array, rows.label, rows.checksums)
         self._codec = chunk_codec(rows.array) or ZarrCodec(rows.array)
         self._copies = _column_copies(rows)
+        self._whole = rows.column_chunks == (0,) and rows.column_positions == tuple(range(rows.row_bytes // rows.dtype.itemsize))
         self._buffers: defaultdict[tuple[str, int], Buffer] = defaultdict(Buffer)
         self._held = -1
         self._pieces: list[NDArray[Any]] = []
@@ -172,6 +173,16 @@ class ZarrReader:
             target = out[first - start : last - start]
             for piece, (to, source) in zip(self._pieces, self._copies, strict=True):
                 target[:, to] = piece[first - row_chunk * height : last - row_chunk * height, source]
+
+    def view(self, start: int, stop: int) -> NDArray[np.float64] | None:
+        """Return the rows [start, stop) of a decoded chunk, where one holds all that is read of them, as it is."""
+        height = self.rows.array.chunks[0]
+        row_chunk = start // height
+        if not self._whole or stop > (row_chunk + 1) * height:
+            return None
+        if row_chunk != self._held:
+            self._hold(row_chunk)
+        return as_float64(self._pieces[0][start - row_chunk * height : stop - row_chunk * height])
 
     def chunk(self, position: Position) -> NDArray[Any]:
         """Return the decoded chunk at `position`, as (rows, columns), after every check that needs no other chunk.

@@ -130,7 +130,7 @@ def walk_of(
     always = options.scale == "whiten" or steps < FEW_STEPS
     rows = np.empty((len(columns), coordinates.width))
     with np.errstate(all="ignore"):  # what leaves the range of float64 is found
-        coordinates.prepare(columns, weights, rows)
+        coordinates.prepare(columns[:, :n_features], columns[:, n_features:], weights, rows)
         _check_finite(rows)
         transform = whitening(coordinates, rows, kept, ridge, always=always) if considered else None
     average, rule = bool(options.average), options.rule

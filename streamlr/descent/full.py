@@ -100,9 +100,9 @@ class SumsOf:
 
     def of(self, block: Block) -> Sums:
         """Return the sums over the rows of `block`."""
-        rows = np.empty((len(block.columns), self.coordinates.width))
+        rows = np.empty((len(block.x), self.coordinates.width))
         with np.errstate(all="ignore"):  # what leaves the range of float64 is found in the sum
-            self.coordinates.prepare(block.columns, block.weights, rows)
+            self.coordinates.prepare(block.x, block.y, block.weights, rows)
             a, y, w = self.coordinates.parts(rows)
             residuals = y - a @ self.b
             weighted = residuals if w is None else w * residuals

@@ -181,7 +181,7 @@ class Online:
         coordinates, q = walk.objective.coordinates, self.n_features + self.n_targets
         prepared = np.empty((len(rows), coordinates.width))
         with np.errstate(all="ignore"):  # what leaves the range of float64 is found below
-            coordinates.prepare(rows[:, :q], rows[:, q], prepared)
+            coordinates.prepare(rows[:, : self.n_features], rows[:, self.n_features : q], rows[:, q], prepared)
             # the rate falls with rows, so that calls with less than a batch, which count for as much less, make it fall no sooner
             here, residuals = walk.over(prepared, before._replace(step=state.first_step + state.rows // self.batch_rows))
             behind, w = prepared[:, coordinates.n_trained : -1], prepared[:, -1]

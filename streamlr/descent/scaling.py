@@ -67,14 +67,14 @@ class Coordinates:
         """Numbers of a prepared row: d columns, k targets and perhaps a weight."""
         return self.n_trained + self.n_targets + self.weighted
 
-    def prepare(self, columns: Array, weights: Array | None, out: Array) -> None:
-        """Write rows [x y] (m, p + k), with their weights (m,) or None, as [z 1 y' w] into `out` (m, width)."""
+    def prepare(self, x: Array, y: Array, weights: Array | None, out: Array) -> None:
+        """Write rows x (m, p) and y (m, k), with their weights (m,) or None, as [z 1 y' w] into `out` (m, width)."""
         p, d, k = self.n_features, self.n_trained, self.n_targets
-        np.subtract(columns[:, :p], self.mean, out=out[:, :p])
+        np.subtract(x, self.mean, out=out[:, :p])
         out[:, :p] /= self.scale
         if self.intercept:
             out[:, p] = 1.0
-        np.subtract(columns[:, p:], self.target_mean, out=out[:, d : d + k])
+        np.subtract(y, self.target_mean, out=out[:, d : d + k])
         out[:, d : d + k] /= self.target_scale
         if weights is not None:
             np.divide(weights, self.mean_weight, out=out[:, d + k])

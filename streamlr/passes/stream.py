@@ -34,7 +34,7 @@ BUFFER_BYTES = 64 * 2**20
 BUFFER_UNITS = 4  # a buffer holds at least so many units, so that it mixes rows from as many places
 
 Array = NDArray[np.float64]
-Prepare = Callable[[Array, Array | None, Array], None]
+Prepare = Callable[[Array, Array, Array | None, Array], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +195,7 @@ class RowStream:
     order : Order
         In which order they come.
     prepare : callable
-        Writes the rows of `columns` (m, p + k), with `weights` (m,) or None, into `out` (m, width), in the thread that read them.
+        Writes rows x (m, p) and y (m, k), with their weights (m,) or None, into `out` (m, width), in the thread that read them.
     width : int
         Numbers of a prepared row.
     readers : int
@@ -304,14 +304,14 @@ class RowStream:
                 reader = None if any(isinstance(rows, DaskRows) for rows in self.dataset.arrays) else self.dataset.reader()
                 for number in own:
                     for block in self._blocks(reader, units[number], share.note):
-                        for first in range(0, len(block.columns), _piece_rows(self.width)):
+                        for first in range(0, len(block.x), _piece_rows(self.width)):
                             memory = lane.free.get()
                             if memory is None:
                                 return
-                            columns = block.columns[first : first + _piece_rows(self.width)]
-                            weights = None if block.weights is None else block.weights[first : first + len(columns)]
-                            self.prepare(columns, weights, memory[: len(columns)])
-                            lane.full.put((memory, len(columns)))
+                            x, y = (part[first : first + _piece_rows(self.width)] for part in (block.x, block.y))
+                            weights = None if block.weights is None else block.weights[first : first + len(x)]
+                            self.prepare(x, y, weights, memory[: len(x)])
+                            lane.full.put((memory, len(x)))
                     lane.tally = share.tally
                     lane.full.put(None)
         except BaseException as error:

@@ -15,6 +15,7 @@ from streamlr.dataset.blocks import (
     MAX_SPAN_BYTES,
     MAX_SPANS,
     MIN_SPAN_BYTES,
+    TILE_BYTES,
     Block,
     Span,
     format_bytes,
@@ -43,7 +44,7 @@ def test_a_tile_is_a_power_of_two_with_four_rows_a_column(n_columns):
     rows = tile_rows(n_columns)
     assert rows & (rows - 1) == 0
     assert rows >= 4 * n_columns
-    assert rows * n_columns * 8 <= max(2**20, 8 * n_columns * 8 * n_columns)
+    assert rows * n_columns * 8 <= max(TILE_BYTES, 8 * n_columns * 8 * n_columns)
 
 
 @given(st.integers(0, 10_000), st.integers(1, 10_000), st.integers(0, 12))
@@ -121,16 +122,16 @@ def test_small_data_are_one_span():
 
 
 def test_blocks_join_in_order_and_copies_own_their_rows():
-    rows = np.arange(12.0).reshape(6, 2)
-    first, second = Block(0, 4, rows[:4], None, 1), Block(4, 7, rows[4:], None, 1)  # one row of the second was left out
+    x, y = np.arange(6.0)[:, None], np.arange(6.0)[:, None] + 100
+    first, second = Block.of(0, 4, x[:4], y[:4]), Block.of(4, 7, x[4:], y[4:])  # one row of the second was left out
     joined = first.followed_by(second)
     assert (joined.start, joined.stop) == (0, 7)
-    np.testing.assert_array_equal(joined.columns, rows)
-    weighted = Block(0, 6, rows, np.arange(6.0), 1).copy()
-    rows[:] = 0
-    assert weighted.columns[5, 1] == 11
-    np.testing.assert_array_equal(weighted.x[:, 0], np.arange(0.0, 12, 2))
-    np.testing.assert_array_equal(weighted.y[:, 0], np.arange(1.0, 13, 2))
+    np.testing.assert_array_equal(np.hstack([joined.x, joined.y]), np.hstack([x, y]))
+    np.testing.assert_array_equal(joined.sums, [15, 615])
+    weighted = Block.of(0, 6, x, y, np.arange(6.0)).copy()
+    x[:], y[:] = 0, 0
+    np.testing.assert_array_equal(weighted.x[:, 0], np.arange(6.0))
+    np.testing.assert_array_equal(weighted.y[:, 0], np.arange(100.0, 106))
 
 
 def test_tallies_add_up():

@@ -45,7 +45,7 @@ from streamlr.errors import (
 )
 from streamlr.inspection import verify
 
-N, P, CHUNK = 9_000, 63, 1_000  # tiles of 2,048 rows, so that a pass has five events
+N, P, CHUNK = 9_000, 63, 1_000  # tiles of 4,096 rows, so that a pass has three events
 REMEDIES = ("restore", "open", "write it again", "write the store again", "check", "wait", "repair", "mounted")
 
 
@@ -213,7 +213,7 @@ class StoreContract:
         other = self.file(store, "y", 2).read_bytes()
 
         def rewrite(event):
-            if event.rows < 2_500:
+            if event.rows < 5_000:
                 self.file(store, "y", 8).write_bytes(other)
 
         with fails((StoreChanged, ChunkCorrupt)):
@@ -223,7 +223,7 @@ class StoreContract:
         dataset = self.open(store)
 
         def append(event):
-            if event.rows < 2_500:
+            if event.rows < 5_000:
                 group = zarr.open_group(store, mode="r+")
                 group["X"].resize((N + 10, P))
                 group["y"].resize((N + 10,))
@@ -778,9 +778,12 @@ class TestOutOfMemory:
 
     def test_reading_a_file(self, tmp_path, monkeypatch, error):
         path = self.store(tmp_path)
+        plain = Buffer.take
 
         def take(buffer, nbytes):
-            raise error
+            if sys._getframe(1).f_globals["__name__"] == stored_chunks.__name__:  # not for a tile
+                raise error
+            return plain(buffer, nbytes)
 
         monkeypatch.setattr(Buffer, "take", take)
         self.expect(path)

@@ -17,7 +17,7 @@ from streamlr.dataset.blocks import Span
 from streamlr.dataset.subset import Subset
 from streamlr.errors import DataError, NonFiniteValue, NoRows, UsageError
 
-N, P = 9_000, 60  # tiles of 2,048 rows: five of them
+N, P = 9_000, 60  # tiles of 4,096 rows: three of them
 NAN = np.nan
 
 
@@ -118,11 +118,11 @@ def test_a_dropped_row_changes_no_other_tile():
     x, y, _ = make_rows(holes=0)
     y[np.isnan(y)] = 0.0
     before = leaf_nodes(opened(x, y))
-    for row in (0, 2_047, 2_048, 5_000, N - 1):
+    for row in (0, 4_095, 4_096, 8_191, N - 1):
         lacking = x.copy()
         lacking[row, 3] = NAN
         after = leaf_nodes(opened(lacking, y))
-        assert {tile for tile in before if before[tile] != after[tile]} == {row // 2_048}
+        assert {tile for tile in before if before[tile] != after[tile]} == {row // 4_096}
 
 
 @pytest.mark.parametrize("value", [NAN, np.inf, -np.inf])

@@ -76,8 +76,8 @@ def rows() -> tuple[Array, Array, Array]:
     return x, x[:, 1:] @ np.arange(1.0, P) + rng.normal(size=N), rng.uniform(0, 2, N)
 
 
-def as_read(columns: Array, weights: Array | None, out: Array) -> None:
-    out[:, : columns.shape[1]] = columns
+def as_read(x: Array, y: Array, weights: Array | None, out: Array) -> None:
+    out[:, : x.shape[1] + y.shape[1]] = np.hstack([x, y])
     if weights is not None:
         out[:, -1] = weights
 
@@ -214,8 +214,8 @@ class TestRows:
         np.testing.assert_array_equal(found[np.argsort(found[:, 0]), :p], x)
 
     def test_what_overflows_on_the_way_is_no_warning(self, rows):
-        def prepare(columns, weights, out):
-            out[:] = columns * 1e308 * 1e308
+        def prepare(x, y, weights, out):
+            out[:] = np.hstack([x, y]) * 1e308 * 1e308
 
         dataset = streamlr.Dataset(*rows[:2])
         for found, _ in stream_of(dataset, prepare=prepare).epoch(0):
@@ -386,11 +386,11 @@ class TestEnds:
         """The error comes with its traceback, and while somebody holds it no thread is left."""
         calls = []
 
-        def prepare(columns, weights, out):
-            calls.append(len(columns))
+        def prepare(x, y, weights, out):
+            calls.append(len(x))
             if len(calls) > 30:
                 raise ArithmeticError("as planned")
-            as_read(columns, weights, out)
+            as_read(x, y, weights, out)
 
         before = set(threading.enumerate())
         with pytest.raises(ArithmeticError, match="as planned") as caught:
