@@ -104,7 +104,7 @@ def fit(
             return Training(dataset, chosen, bool(fit_intercept), ridge, memory_limit, callback).run(checkpoint)
     if checkpoint is not None:
         raise UsageError("checkpoint keeps the state of a descent, and an exact fit has none: leave it out, or choose 'minibatch'")
-    reduced = _moments(dataset, memory_limit, progress)
+    reduced = _moments(dataset, chosen.precision, memory_limit, progress)
     warn_rounded(reduced.tally, stacklevel=2)
     model = _solved(reduced.value, chosen, bool(fit_intercept), ridge)
     return replace(
@@ -116,7 +116,9 @@ def fit(
     )
 
 
-def accumulate(dataset: Dataset, *, memory_limit: int | str | None = None, progress: Progress = False) -> Moments:
+def accumulate(
+    dataset: Dataset, *, precision: str = "double", memory_limit: int | str | None = None, progress: Progress = False
+) -> Moments:
     """Return the moments of all rows: what an exact fit needs, and all that it needs.
 
     Moments of different rows with the same columns add up: `solve(m1 + m2)` fits both.
@@ -125,6 +127,8 @@ def accumulate(dataset: Dataset, *, memory_limit: int | str | None = None, progr
     ----------
     dataset : Dataset
         Rows with a target.
+    precision : "double" or "single"
+        As for `Direct`.
     memory_limit, progress
         As for `fit`.
 
@@ -142,7 +146,7 @@ def accumulate(dataset: Dataset, *, memory_limit: int | str | None = None, progr
     array([2.])
     """
     check_target(dataset)
-    reduced = _moments(dataset, memory_limit, progress)
+    reduced = _moments(dataset, Direct(precision=precision).precision, memory_limit, progress)
     warn_rounded(reduced.tally, stacklevel=2)
     return reduced.value
 
@@ -174,6 +178,8 @@ def solve(moments: Moments, solver: Solver = "auto", *, fit_intercept: bool = Tr
     chosen = solver_named(solver)
     if isinstance(chosen, Descent):
         raise UsageError("solve() is for direct solvers, which need nothing but moments; descend with fit(dataset, solver)")
+    if chosen.precision > moments.precision:
+        raise UsageError("precision is 'single', and the moments are there in double: give it to `accumulate`, or to `fit`")
     return _solved(moments, chosen, bool(fit_intercept), check_penalty(ridge))
 
 
@@ -304,12 +310,23 @@ def plan(dataset: Dataset, solver: Solver = "auto", *, memory_limit: int | str |
     return plan_pass(dataset, statistic, task="normal", memory=memory_limit, solution_bytes=bytes_needed)[0]
 
 
-def _moments(dataset: Dataset, memory_limit: int | str | None, progress: Progress) -> Reduced[Moments]:
-    statistic = MomentsOf(dataset.feature_names, dataset.target_names)
+def _moments(dataset: Dataset, precision: str, memory_limit: int | str | None, progress: Progress) -> Reduced[Moments]:
+    if precision == "single":
+        _check_single(dataset)
+    statistic = MomentsOf(dataset.feature_names, dataset.target_names, precision)
     needed = solve_bytes(dataset.n_features, dataset.n_targets)
     with shown(progress) as callback:
         reduced = reduce(dataset, statistic, task="moments", memory_limit=memory_limit, solution_bytes=needed, progress=callback)
     return replace(reduced, value=replace(reduced.value, n_dropped=reduced.tally.dropped))
+
+
+def _check_single(dataset: Dataset) -> None:
+    for rows in dataset.features:
+        if rows.dtype.itemsize > (4 if rows.dtype.kind == "f" else 2):
+            raise UsageError(
+                f"precision is 'single', which would round the {rows.dtype} numbers of {rows.label!r}; allowed are features stored "
+                "as float32, float16 or integers of 16 bits: leave precision at 'double'"
+            )
 
 
 def _solved(moments: Moments, direct: Direct, fit_intercept: bool, ridge: float) -> FittedModel:

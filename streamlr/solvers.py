@@ -22,7 +22,7 @@ def solver_named(solver: Any) -> Direct | Descent:
     Examples
     --------
     >>> solver_named("auto")
-    Direct(route='auto', rank='min_norm')
+    Direct(route='auto', rank='min_norm', precision='double')
     >>> solver_named("sgd").mode
     'sgd'
     """

@@ -13,8 +13,11 @@ from streamlr.errors import NumericalError, UsageError
 # A column keeps its own unit while its squares stay well inside the range of float64, so that sums of them do too.
 SMALL, LARGE = 1e-150, 1e150
 CONSTANT = 32 * float(np.finfo(np.float64).eps)  # a column varies by more than this beside its mean, or by rounding
+# In single precision, the products of a tile are made of float32 numbers: twice as fast. Sums of tiles are float64 always.
+PRECISIONS = {"double": (np.float64, SMALL, LARGE), "single": (np.float32, 1e-25, 1e25)}
+EPS = {precision: float(np.finfo(dtype).eps) for precision, (dtype, _, _) in PRECISIONS.items()}
 NEGLIGIBLE = float(np.finfo(np.float64).eps) / 8  # of a sum of squares: far below what its own rounding amounts to
-RESOLUTION = 8 * float(np.finfo(np.float64).eps)  # of a difference of sums, beside the sum of their sizes
+ROUNDINGS = 8  # eps, of a difference of sums, beside the sum of their sizes
 NO_SCALE = -4096  # the exponent of a column that has shown nothing but zeros: below every other, so that any other wins
 
 
@@ -48,6 +51,8 @@ class Moments:
         Names of the p features and k targets.
     n_dropped : int
         Rows that were left out because a value was missing.
+    precision : "double" or "single"
+        In which the products of rows were made.
 
     Examples
     --------
@@ -72,6 +77,7 @@ class Moments:
     feature_names: tuple[str, ...]
     target_names: tuple[str, ...]
     n_dropped: int = 0
+    precision: str = "double"
 
     @property
     def n_features(self) -> int:
@@ -104,8 +110,9 @@ class Moments:
                 f"and {other.feature_names + other.target_names}"
             )
         n_dropped = self.n_dropped + other.n_dropped
+        precision = max(self.precision, other.precision)  # "single" as soon as one of them is
         if self.n == 0 or other.n == 0:
-            return replace((other if self.n == 0 else self).copy(), n_dropped=n_dropped)
+            return replace((other if self.n == 0 else self).copy(), n_dropped=n_dropped, precision=precision)
         # the mean starts from the heavier side, so that rows of little or no weight hardly move it
         heavy, light = (self, other) if self.weight_sum >= other.weight_sum else (other, self)
         exponent = np.maximum(self.exponent, other.exponent)
@@ -126,7 +133,7 @@ class Moments:
             )
         n, n_weighted = self.n + other.n, self.n_weighted + other.n_weighted
         names = self.feature_names, self.target_names
-        return Moments(n, n_weighted, total, mean, rest, scatter, exponent, *names, n_dropped)
+        return Moments(n, n_weighted, total, mean, rest, scatter, exponent, *names, n_dropped, precision)
 
     def cost_sums(self, coef: NDArray[np.float64], intercept: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
         r"""Return the residual sum of squares of any coefficients, without reading rows.
@@ -155,7 +162,7 @@ class Moments:
         offset = self.mean @ v - np.ldexp(intercept, -unit[p:])
         within = np.einsum("ij,ij->j", v, self.scatter @ v)
         size = np.abs(v)
-        floor = RESOLUTION * np.einsum("ij,ij->j", size, np.abs(self.scatter) @ size)
+        floor = ROUNDINGS * EPS[self.precision] * np.einsum("ij,ij->j", size, np.abs(self.scatter) @ size)
         squares: NDArray[np.float64] = np.maximum(within, floor) + self.weight_sum * offset**2
         return squares, within <= floor
 
@@ -171,6 +178,7 @@ class MomentsOf:
 
     feature_names: tuple[str, ...]
     target_names: tuple[str, ...]
+    precision: str = "double"
 
     @property
     def width(self) -> int:
@@ -186,7 +194,8 @@ class MomentsOf:
         """Return the moments of no rows."""
         q = self.width
         exponent = np.full(q, NO_SCALE, dtype=np.int32)
-        return Moments(0, 0, 0.0, np.zeros(q), np.zeros(q), np.zeros((q, q)), exponent, self.feature_names, self.target_names)
+        names = self.feature_names, self.target_names
+        return Moments(0, 0, 0.0, np.zeros(q), np.zeros(q), np.zeros((q, q)), exponent, *names, precision=self.precision)
 
     def of(self, block: Block) -> Moments:
         """Return the moments of the rows of `block`."""
@@ -195,27 +204,31 @@ class MomentsOf:
         if n_weighted == 0:
             return replace(self.empty(), n=n)
         exponent = np.zeros(self.width, dtype=np.int32)
+        _, small, large = PRECISIONS[self.precision]
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
             total = float(n) if weights is None else float(weights.sum())
-            mean, rest, scatter = _centred_product(block, total)
+            mean, rest, scatter = _centred_product(block, total, self.precision)
             squares = np.diagonal(scatter)
-            unusual = ~((squares > SMALL) & (squares < LARGE) & (mean * mean < LARGE))
+            unusual = ~((squares > small) & (squares < large) & (mean * mean < large))
             if unusual.any():
-                exponent[unusual] = _exponents(block, np.flatnonzero(unusual))
+                exponent[unusual] = _exponents(block, np.flatnonzero(unusual), small, large)
                 unit = np.where(exponent == NO_SCALE, 0, exponent)
                 if unit.any():
                     p = len(self.feature_names)
                     x, y = np.ldexp(block.x, -unit[:p]), np.ldexp(block.y, -unit[p:])
-                    mean, rest, scatter = _centred_product(Block.of(block.start, block.stop, x, y, weights), total)
+                    mean, rest, scatter = _centred_product(Block.of(block.start, block.stop, x, y, weights), total, self.precision)
         if not np.isfinite(np.diagonal(scatter)).all():
             raise NumericalError(
                 f"the squares of rows {block.start:,} to {block.stop - 1:,} overflow although every value is finite; "
                 "are there weights near 1e300? divide them by their largest"
             )
-        return Moments(n, n_weighted, total, mean, rest, scatter, exponent, self.feature_names, self.target_names)
+        names = self.feature_names, self.target_names
+        return Moments(n, n_weighted, total, mean, rest, scatter, exponent, *names, precision=self.precision)
 
 
-def _centred_product(block: Block, total: float) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+def _centred_product(
+    block: Block, total: float, precision: str
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """Return mean, what its rounding left out, and scatter of the rows of a block, whose weights sum to `total`.
 
     The mean is corrected by the mean of what centring left, and the scatter by its square where that matters, so that a column far
@@ -229,9 +242,14 @@ def _centred_product(block: Block, total: float) -> tuple[NDArray[np.float64], N
     np.subtract(x, mean[: x.shape[1]], out=z[:, : x.shape[1]])
     np.subtract(y, mean[x.shape[1] :], out=z[:, x.shape[1] :])
     left = (w @ z) / total
+    heaviest = 1.0 if weights is None or precision == "double" else float(weights.max())  # float32 has less range
     if weights is not None:
-        z *= np.sqrt(weights)[:, None]
-    scatter = z.T @ z
+        z *= np.sqrt(weights / heaviest)[:, None]
+    if precision == "single":
+        z32 = z.astype(np.float32)
+        scatter = (z32.T @ z32) * np.float64(heaviest)
+    else:
+        scatter = z.T @ z
     if (left * left * total > NEGLIGIBLE * np.diagonal(scatter)).any():
         scatter -= (left * total)[:, None] * left
         np.fill_diagonal(scatter, np.maximum(np.diagonal(scatter), 0.0))  # of a constant, rounding may leave less than nothing
@@ -245,12 +263,12 @@ def _exact_sum(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[NDArray[
     return rounded, (a - (rounded - of_b)) + (b - of_b)
 
 
-def _exponents(block: Block, columns: NDArray[np.intp]) -> NDArray[np.int32]:
+def _exponents(block: Block, columns: NDArray[np.intp], small: float, large: float) -> NDArray[np.int32]:
     """Return the power of two nearest above the largest magnitude in each of some columns, 0 for those of ordinary size."""
     p = block.x.shape[1]
     largest = np.array([np.abs(block.x[:, j] if j < p else block.y[:, j - p]).max() for j in columns])
     exponent = np.frexp(largest)[1].astype(np.int32)
-    exponent[(largest > np.sqrt(SMALL)) & (largest < np.sqrt(LARGE))] = 0
+    exponent[(largest > np.sqrt(small)) & (largest < np.sqrt(large))] = 0
     exponent[largest == 0] = NO_SCALE
     return np.asarray(exponent)
 

@@ -22,6 +22,7 @@ from streamlr.errors import NoRows, NumericalError, RankDeficient, UsageError
 
 Matrix = NDArray[np.float64]
 EPS = float(np.finfo(np.float64).eps)
+SINGLE_ROUNDING = 64 * float(np.finfo(np.float32).eps)  # their products are off by 4 eps of the largest eigenvalue
 CANCELLED = 1e-10  # in a null vector, at least what eigenvectors leave of a column that is no part of the dependence
 
 
@@ -62,8 +63,9 @@ def solve_normal(moments: Moments, direct: Direct, *, fit_intercept: bool, ridge
 
     .. math:: (X'WX + \lambda W I) b = X'Wy
 
-    Where C has an eigenvalue below 8 p eps times its largest, the rank is short: the solution is then found from the other
-    eigenvectors, and is the one among all minimisers that has the least |b| in the user's units.
+    Where C has an eigenvalue below 8 p eps times its largest (1e-5 times, for moments in single precision), the rank is short: the
+    solution is then found from the other eigenvectors, and is the one among all minimisers that has the least |b| in the user's
+    units.
 
     Parameters
     ----------
@@ -96,7 +98,8 @@ def solve_normal(moments: Moments, direct: Direct, *, fit_intercept: bool, ridge
     equilibrated = equations.equilibrated()
     varies = equations.varies
     eigenvalues = np.linalg.eigvalsh(equilibrated.matrix)
-    cutoff = 8 * EPS * len(eigenvalues) * eigenvalues.max(initial=0.0)
+    rounding = 8 * EPS * len(eigenvalues) if moments.precision == "double" else SINGLE_ROUNDING
+    cutoff = rounding * eigenvalues.max(initial=0.0)
     short = int((eigenvalues <= cutoff).sum())
     rank = len(eigenvalues) - short
     aliased: dict[str, Mapping[str, float]] = {}
@@ -133,7 +136,7 @@ def solve_normal(moments: Moments, direct: Direct, *, fit_intercept: bool, ridge
     if not (np.isfinite(coef).all() and np.isfinite(intercept).all()):
         raise NumericalError("a coefficient is beyond the range of float64; measure that column, or the target, in a larger unit")
     condition = float(np.sqrt(eigenvalues[-1] / eigenvalues[short])) if rank else 1.0
-    digits = max(-log10(EPS) - 2 * log10(condition), 0.0)
+    digits = max(-log10(EPS if moments.precision == "double" else SINGLE_ROUNDING) - 2 * log10(condition), 0.0)
     if ridge > 0:
         rank += int((~varies).sum())
     return Solution(coef, intercept, rank, condition, digits, route, aliased, inverse_root, mean_leverage)

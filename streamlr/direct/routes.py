@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from streamlr.aggregates.moments import PRECISIONS
 from streamlr.errors import UsageError
 
 ROUTES = ("auto", "normal")
@@ -25,6 +26,9 @@ class Direct:
     rank : "min_norm", "drop" or "error"
         What columns that depend on others do: share the solution of least norm in the user's units; get the coefficient 0, the
         later ones of each dependent set; or raise `RankDeficient`.
+    precision : "double" or "single"
+        "single" makes the products of rows of float32 numbers, for features stored as float32 or less: where columns are many, in
+        half the time. Coefficients of equilibrated columns then keep about 6 digits, less twice those of their condition.
 
     Raises
     ------
@@ -34,14 +38,16 @@ class Direct:
     Examples
     --------
     >>> Direct("normal", rank="error")
-    Direct(route='normal', rank='error')
+    Direct(route='normal', rank='error', precision='double')
     """
 
     route: str = "auto"
     rank: str = "min_norm"
+    precision: str = "double"
 
     def __post_init__(self) -> None:
-        for name, value, allowed in (("route", self.route, ROUTES), ("rank", self.rank, RANKS)):
+        options = ("route", self.route, ROUTES), ("rank", self.rank, RANKS), ("precision", self.precision, tuple(PRECISIONS))
+        for name, value, allowed in options:
             if value not in allowed:
                 raise UsageError(f"{name} is {value!r}; allowed are {', '.join(map(repr, allowed))}")
 
