@@ -10,6 +10,7 @@ import typer
 import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec, ZstdCodec
 
+BLOCK_BYTES = 2**25  # of X that are made at once, where chunks are smaller
 CODECS: dict[str, Callable[[], list[Any]]] = {
     "zstd": lambda: [ZstdCodec(level=0)],
     "zstd+crc32c": lambda: [ZstdCodec(level=0), Crc32cCodec()],
@@ -38,15 +39,15 @@ def make_data(
         raise typer.BadParameter(f"codec is {codec!r}; allowed are {', '.join(CODECS)}")
     coef = np.random.default_rng([seed, 0]).normal(size=(features, targets))
     group = zarr.open_group(path, mode="w-")
-    shards = rows_per_shard
+    piece, shards = rows_per_shard or rows_per_chunk, rows_per_shard
 
     def create(name: str, width: int | None, kind: str) -> zarr.Array[Any]:
         tail = () if width is None else (width,)
         return group.create_array(
             name,
             shape=(rows, *tail),
-            chunks=(min(rows_per_chunk, rows), *tail),
-            shards=None if shards is None else (shards, *tail),
+            chunks=(rows_per_chunk if shards else min(rows_per_chunk, rows), *tail),
+            shards=(shards, *tail) if shards else None,
             dtype=kind,
             compressors=CODECS[codec](),
             config={"write_empty_chunks": True},
@@ -55,7 +56,7 @@ def make_data(
     x = create("X", features, dtype)
     y = create("y", None if targets == 1 else targets, "float64")
     w = create("weights", None, "float64") if weights else None
-    step = rows_per_shard or rows_per_chunk
+    step = piece * max(BLOCK_BYTES // (8 * features * piece), 1)
     for number, start in enumerate(range(0, rows, step)):
         generator = np.random.default_rng([seed, 1 + number])
         block = generator.normal(size=(min(step, rows - start), features)) + offset

@@ -14,8 +14,8 @@ from streamlr.errors import NumericalError, UsageError
 SMALL, LARGE = 1e-150, 1e150
 CONSTANT = 32 * float(np.finfo(np.float64).eps)  # a column varies by more than this beside its mean, or by rounding
 # In single precision, the products of a tile are made of float32 numbers: twice as fast. Sums of tiles are float64 always.
-PRECISIONS = {"double": (np.float64, SMALL, LARGE), "single": (np.float32, 1e-25, 1e25)}
-EPS = {precision: float(np.finfo(dtype).eps) for precision, (dtype, _, _) in PRECISIONS.items()}
+PRECISIONS = {"double": (SMALL, LARGE), "single": (1e-25, 1e25)}
+EPS = {"double": float(np.finfo(np.float64).eps), "single": float(np.finfo(np.float32).eps)}
 NEGLIGIBLE = float(np.finfo(np.float64).eps) / 8  # of a sum of squares: far below what its own rounding amounts to
 ROUNDINGS = 8  # eps, of a difference of sums, beside the sum of their sizes
 NO_SCALE = -4096  # the exponent of a column that has shown nothing but zeros: below every other, so that any other wins
@@ -204,7 +204,7 @@ class MomentsOf:
         if n_weighted == 0:
             return replace(self.empty(), n=n)
         exponent = np.zeros(self.width, dtype=np.int32)
-        _, small, large = PRECISIONS[self.precision]
+        small, large = PRECISIONS[self.precision]
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
             total = float(n) if weights is None else float(weights.sum())
             mean, rest, scatter = _centred_product(block, total, self.precision)
