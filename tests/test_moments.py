@@ -24,11 +24,23 @@ from strategies import (
     same_bits,
 )
 
+from streamlr.aggregates import moments
 from streamlr.aggregates.moments import CONSTANT, Moments, MomentsOf
 from streamlr.dataset.dataset import default_names
 from streamlr.errors import NumericalError, UsageError
 
 SCALES = [1e150, 1e-150, 1e200, 1e-200]
+
+
+@pytest.fixture(autouse=True, scope="module", params=["few columns", "many columns"])
+def width(request):
+    """Every law with features and targets multiplied apart, as few columns are, and side by side, a few rows at a time."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "many columns":
+            patch.setattr(moments, "NARROW", 0)
+            patch.setattr(moments, "PIECE_BYTES", 200)
+            patch.setattr(moments, "OUTER_ROWS", 2)
+        yield
 
 
 def assert_close(a: Moments, b: Moments, tolerance: float = 1e-13) -> None:

@@ -18,6 +18,10 @@ PRECISIONS = {"double": (SMALL, LARGE), "single": (1e-25, 1e25)}
 EPS = {"double": float(np.finfo(np.float64).eps), "single": float(np.finfo(np.float32).eps)}
 NEGLIGIBLE = float(np.finfo(np.float64).eps) / 8  # of a sum of squares: far below what its own rounding amounts to
 ROUNDINGS = 8  # eps, of a difference of sums, beside the sum of their sizes
+PIECE_BYTES = 2**19  # of rows that are centred at once: what a core's second-level cache holds twice
+OUTER_ROWS = 64  # of an outer product that are made at once
+FOLD = 64  # short rows that are centred as one
+NARROW = 24  # columns; up to here features and targets are multiplied apart
 NO_SCALE = -4096  # the exponent of a column that has shown nothing but zeros: below every other, so that any other wins
 
 
@@ -126,7 +130,8 @@ class Moments:
         step *= np.sqrt(heavy.weight_sum) * np.sqrt(share)
         with np.errstate(over="ignore"):
             scatter = scatter + other_scatter
-            scatter += step[:, None] * step
+            for first in range(0, len(step), OUTER_ROWS):
+                scatter[first : first + OUTER_ROWS] += step[first : first + OUTER_ROWS, None] * step
         if not (np.isfinite(total) and np.isfinite(np.diagonal(scatter)).all()):
             raise NumericalError(
                 "the sum of the weights, or of squares times weights, overflows; divide the weights by their largest"
@@ -232,28 +237,67 @@ def _centred_product(
     """Return mean, what its rounding left out, and scatter of the rows of a block, whose weights sum to `total`.
 
     The mean is corrected by the mean of what centring left, and the scatter by its square where that matters, so that a column far
-    from zero loses nothing to the rounding of its first mean. The product is the symmetric one, `z.T @ z` of one contiguous array:
-    another spelling would give other bits.
+    from zero loses nothing to the rounding of its first mean.
     """
     x, y, weights = block.x, block.y, block.weights
     w = np.ones(len(x)) if weights is None else weights
     mean = (block.sums if weights is None else np.concatenate([w @ x, w @ y])) / total
-    z = block.workspace(len(mean))
-    np.subtract(x, mean[: x.shape[1]], out=z[:, : x.shape[1]])
-    np.subtract(y, mean[x.shape[1] :], out=z[:, x.shape[1] :])
-    left = (w @ z) / total
-    heaviest = 1.0 if weights is None or precision == "double" else float(weights.max())  # float32 has less range
-    if weights is not None:
-        z *= np.sqrt(weights / heaviest)[:, None]
-    if precision == "single":
-        z32 = z.astype(np.float32)
-        scatter = (z32.T @ z32) * np.float64(heaviest)
-    else:
-        scatter = z.T @ z
+    heaviest = float(w.max()) if precision == "single" else 1.0  # float32 has less range
+    root = None if weights is None else np.sqrt(weights / heaviest)[:, None]
+    scatter, left = (_narrow if len(mean) <= NARROW else _wide)(block, mean, w, root, precision)
+    left /= total
+    scatter *= heaviest
     if (left * left * total > NEGLIGIBLE * np.diagonal(scatter)).any():
         scatter -= (left * total)[:, None] * left
         np.fill_diagonal(scatter, np.maximum(np.diagonal(scatter), 0.0))  # of a constant, rounding may leave less than nothing
     return *_exact_sum(mean, left), scatter
+
+
+def _wide(
+    block: Block, mean: NDArray[np.float64], w: NDArray[np.float64], root: NDArray[np.float64] | None, precision: str
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the scatter and the weighted sums of the centred rows, side by side: one product, and few calls.
+
+    The product is the symmetric one, `z.T @ z` of one contiguous array: another spelling would give other bits.
+    """
+    p = block.x.shape[1]
+    z, left = block.workspace(len(mean)), np.zeros(len(mean))
+    step = max(PIECE_BYTES // (8 * len(mean)), 1)
+    for first in range(0, len(z), step):  # while a piece is in the core's cache
+        rows = slice(first, first + step)
+        np.subtract(block.x[rows], mean[:p], out=z[rows, :p])
+        np.subtract(block.y[rows], mean[p:], out=z[rows, p:])
+        left += w[rows] @ z[rows]
+        if root is not None:
+            z[rows] *= root[rows]
+    return _gram(z, precision), left
+
+
+def _narrow(
+    block: Block, mean: NDArray[np.float64], w: NDArray[np.float64], root: NDArray[np.float64] | None, precision: str
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return what `_wide` does, features and targets apart: NumPy is slow where rows are short, and these are one long row each."""
+    (m, p), q = block.x.shape, len(mean)
+    room = block.workspace(q).ravel()
+    parts = room[: m * p].reshape(m, p), room[m * p :].reshape(m, q - p)
+    scatter, left = np.empty((q, q)), np.empty(q)
+    for z, rows, columns in zip(parts, (block.x, block.y), (slice(0, p), slice(p, q)), strict=True):
+        fold = min(m & -m, FOLD)  # rows of a tile are a power of two; those of a last one perhaps not
+        np.subtract(rows.reshape(m // fold, -1), np.tile(mean[columns], fold), out=z.reshape(m // fold, -1))
+        left[columns] = w @ z
+        if root is not None:
+            z *= root
+        scatter[columns, columns] = _gram(z, precision)
+    scatter[:p, p:] = parts[0].T @ parts[1]
+    scatter[p:, :p] = scatter[:p, p:].T
+    return scatter, left
+
+
+def _gram(z: NDArray[np.float64], precision: str) -> NDArray[np.float64]:
+    if precision == "double":
+        return z.T @ z
+    z32 = z.astype(np.float32)
+    return (z32.T @ z32).astype(np.float64)
 
 
 def _exact_sum(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

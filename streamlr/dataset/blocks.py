@@ -90,18 +90,28 @@ class Span:
     stop: int
 
 
-def tile_rows(n_columns: int) -> int:
-    """Return how many rows a tile has: a power of two, at least 4 rows per column, about a cache full.
+def tile_rows(n_columns: int, left_bytes: int | None = None) -> int:
+    """Return how many rows a tile has: a power of two, about a cache full, and more where a tile leaves many numbers to add up.
 
     It depends on the number of columns alone, so that the arithmetic does not know how the rows are stored.
 
+    Parameters
+    ----------
+    n_columns : int
+        Columns of the rows, targets included.
+    left_bytes : int, optional
+        What the statistic leaves of a tile. A tile has four times as many bytes, or at least four rows for each column, whichever
+        is less; by default the latter, as for moments.
+
     Examples
     --------
-    >>> tile_rows(101), tile_rows(11), tile_rows(1001)
-    (2048, 32768, 4096)
+    >>> tile_rows(101), tile_rows(11), tile_rows(1001), tile_rows(1001, 100)
+    (2048, 32768, 4096, 256)
     """
-    cached = TILE_BYTES // (8 * max(n_columns, 1))
-    return max(1 << (max(cached, 1).bit_length() - 1), 1 << (4 * n_columns - 1).bit_length())
+    columns = max(n_columns, 1)
+    cached = max(TILE_BYTES // (8 * columns), 1)
+    least = 4 * columns if left_bytes is None else 4 * min(columns, -(-left_bytes // (8 * columns)))
+    return max(1 << (cached.bit_length() - 1), 1 << (max(least, 1) - 1).bit_length())
 
 
 def tile_edges(start: int, stop: int, rows: int) -> list[Span]:

@@ -30,7 +30,7 @@ class DatasetReader:
         self._weights = None if dataset.weights is None else _Beside([dataset.weights])
         self._room = Buffer()
 
-    def blocks(self, span: Span, report: Callable[[Tally], None]) -> Iterator[Block]:
+    def blocks(self, span: Span, report: Callable[[Tally], None], tile: int | None = None) -> Iterator[Block]:
         """Read the rows of a span: blocks that end where tiles end, promoted, checked and with missing rows left out.
 
         Parameters
@@ -39,6 +39,8 @@ class DatasetReader:
             Rows to read.
         report : callable
             Called with the tally of each block before it is yielded; may raise to stop the reading.
+        tile : int, optional
+            Rows of a tile; by default the dataset's.
 
         Yields
         ------
@@ -46,7 +48,7 @@ class DatasetReader:
             Valid until the next one is asked for: its memory is used again.
         """
         missing_before = self._chunks_missing()
-        for piece in tile_edges(span.start, span.stop, self.dataset.tile_rows):
+        for piece in tile_edges(span.start, span.stop, tile or self.dataset.tile_rows):
             x, y = self._x.rows(piece), self._y.rows(piece)
             weights = None if self._weights is None else self._weights.rows(piece)[:, 0]
             rounded = {self.dataset.feature_names[j] for j in self._x.rounded(x)}

@@ -143,7 +143,7 @@ class Dataset:
 
     @property
     def tile_rows(self) -> int:
-        """Rows of a tile, from the number of columns alone."""
+        """Rows of a tile that leaves moments, from the number of columns alone; no other tile has more."""
         return tile_rows(self.n_features + self.n_targets)
 
     @property
@@ -238,9 +238,9 @@ class Dataset:
         """Return a reader of these rows, which keeps the memory of its chunks for the next span."""
         return DatasetReader(self)
 
-    def blocks(self, span: Span, report: Callable[[Tally], None]) -> Iterator[Block]:
+    def blocks(self, span: Span, report: Callable[[Tally], None], tile: int | None = None) -> Iterator[Block]:
         """Read the rows of one span; see `DatasetReader.blocks`."""
-        return self.reader().blocks(span, report)
+        return self.reader().blocks(span, report, tile)
 
     def chosen(self, start: int, stop: int) -> NDArray[np.bool_]:
         """Return, for each of the rows [start, stop), whether it belongs to this part of the splits that were made."""

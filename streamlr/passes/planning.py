@@ -12,7 +12,7 @@ import dask.base
 from dask.system import CPU_COUNT
 
 from streamlr.aggregates.tree import Statistic, open_nodes
-from streamlr.dataset.blocks import Plan, Span, format_bytes, spans
+from streamlr.dataset.blocks import Plan, Span, format_bytes, spans, tile_rows
 from streamlr.dataset.dask_rows import DaskRows
 from streamlr.dataset.dataset import Dataset
 from streamlr.errors import MemoryLimitExceeded
@@ -58,7 +58,9 @@ def draft_pass(
         What the solver needs afterwards.
     """
     workers = worker_count()
-    tile_bytes = min(dataset.tile_rows, dataset.stored_rows) * (dataset.n_features + dataset.n_targets) * 8
+    width = dataset.n_features + dataset.n_targets
+    tile = tile_rows(width, statistic.nbytes)
+    tile_bytes = min(tile, dataset.stored_rows) * width * 8
     whole_tiles = 12 * statistic.nbytes + 2 * tile_bytes > OPEN_BYTES
     lazy = [rows for rows in dataset.arrays if isinstance(rows, DaskRows)]
     if lazy:
@@ -69,12 +71,12 @@ def draft_pass(
         cut = spans(
             dataset.stored_rows,
             dataset.row_bytes,
-            tile=dataset.tile_rows,
+            tile=tile,
             chunks=chunks,
             workers=workers,
             whole_tiles=whole_tiles,
         )
-    tiles = -(-max(span.stop - span.start for span in cut) // dataset.tile_rows) + 1
+    tiles = -(-max(span.stop - span.start for span in cut) // tile) + 1
     nodes = 1 if whole_tiles and not lazy else open_nodes(tiles)
     left = nodes * statistic.nbytes + (0 if whole_tiles and not lazy else 2 * tile_bytes)
     merges, level, waiting = 0, len(cut), 0
@@ -92,6 +94,7 @@ def draft_pass(
         task_bytes=task_bytes,
         result_bytes=waiting_bytes,
         solution_bytes=solution_bytes,
+        tile=tile,
         memory=memory,
     )
     return plan, cut
@@ -127,6 +130,7 @@ def draft_plan(
     result_bytes: int,
     solution_bytes: int = 0,
     passes: int = 1,
+    tile: int | None = None,
     memory: int | str | None,
 ) -> Plan:
     """Return the plan of these spans with as many tasks at once as the limit allows; none where not even one fits.
@@ -142,7 +146,7 @@ def draft_plan(
         n_features=dataset.n_features,
         n_targets=dataset.n_targets,
         passes=passes,
-        tile_rows=dataset.tile_rows,
+        tile_rows=tile or dataset.tile_rows,
         n_spans=len(cut),
         n_tasks=len(cut) + merges,
         tasks_at_once=at_once,

@@ -65,7 +65,7 @@ def reduce(
     """
     plan, cut = plan_pass(dataset, statistic, task=task, memory=memory_limit, solution_bytes=solution_bytes)
     before = begin(dataset)
-    tree = Tree(dataset.stored_rows, dataset.tile_rows)
+    tree = Tree(dataset.stored_rows, plan.tile_rows)
     with running_pass(task, dataset.stored_rows, dataset.row_bytes, progress) as key:
         parts = span_tasks(dataset, cut, task, read_span, (tree, statistic, key))
         number = 0
@@ -85,7 +85,7 @@ def read_span(dataset: Dataset, span: Span, tree: Tree, statistic: Statistic[S],
     """Task: reduce the rows of one span."""
     partial = Partial(tree, statistic)
     with share_of_pass(key) as share, one_blas_thread():  # given back before the pass hears that the task is done
-        for block in with_blocks(dataset, span, lazy).blocks(span, share.note):
+        for block in with_blocks(dataset, span, lazy).blocks(span, share.note, tree.tile_rows):
             partial.take(block)
     return partial, share.tally
 

@@ -13,7 +13,7 @@ from dask.delayed import delayed
 from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
-from streamlr.dataset.blocks import Block, Plan, Span, spans
+from streamlr.dataset.blocks import Block, Plan, Span, spans, tile_rows
 from streamlr.dataset.dask_rows import DaskRows
 from streamlr.dataset.dataset import Dataset
 from streamlr.dataset.integrity import local_root
@@ -120,7 +120,7 @@ def write_span(dataset: Dataset, span: Span, function: Function, array: zarr.Arr
     buffer = np.empty((min(chunk, span.stop - span.start), *array.shape[1:]))
     flat = buffer.reshape(len(buffer), -1)
     with share_of_pass(key) as share, one_blas_thread():  # given back before the pass hears that the task is done
-        for block in with_blocks(dataset, span, lazy).blocks(span, share.note):
+        for block in with_blocks(dataset, span, lazy).blocks(span, share.note, tile_rows(dataset.n_features, 0)):
             values = function(block)
             done = 0
             while done < len(values):
