@@ -47,17 +47,26 @@ class DatasetReader:
         Block
             Valid until the next one is asked for: its memory is used again.
         """
-        missing_before = self._chunks_missing()
-        for piece in tile_edges(span.start, span.stop, tile or self.dataset.tile_rows):
-            x, y = self._x.rows(piece), self._y.rows(piece)
-            weights = None if self._weights is None else self._weights.rows(piece)[:, 0]
-            rounded = {self.dataset.feature_names[j] for j in self._x.rounded(x)}
-            rounded |= {self.dataset.target_names[j] for j in self._y.rounded(y)}
-            block, dropped, by_column = self._checked(piece, x, y, weights)
-            chunks_missing = self._chunks_missing()
-            report(Tally(piece.stop - piece.start, dropped, by_column, chunks_missing - missing_before, frozenset(rounded)))
-            missing_before = chunks_missing
-            yield block
+        self._expect(span.start, span.stop)
+        try:
+            missing_before = self._chunks_missing()
+            for piece in tile_edges(span.start, span.stop, tile or self.dataset.tile_rows):
+                x, y = self._x.rows(piece), self._y.rows(piece)
+                weights = None if self._weights is None else self._weights.rows(piece)[:, 0]
+                rounded = {self.dataset.feature_names[j] for j in self._x.rounded(x)}
+                rounded |= {self.dataset.target_names[j] for j in self._y.rounded(y)}
+                block, dropped, by_column = self._checked(piece, x, y, weights)
+                chunks_missing = self._chunks_missing()
+                report(Tally(piece.stop - piece.start, dropped, by_column, chunks_missing - missing_before, frozenset(rounded)))
+                missing_before = chunks_missing
+                yield block
+        finally:
+            self._expect(span.stop, span.stop)  # an error, or a caller that stops here, leaves no request behind
+
+    def _expect(self, start: int, stop: int) -> None:
+        for side in (self._x, self._y, self._weights):
+            if side is not None:
+                side.expect(start, stop)
 
     def _chunks_missing(self) -> int:
         return sum(side.chunks_missing for side in (self._x, self._y, self._weights) if side is not None)
@@ -125,6 +134,11 @@ class _Beside:
     def chunks_missing(self) -> int:
         """Absent chunks that were read as fill values so far."""
         return sum(reader.chunks_missing for reader in self._readers)
+
+    def expect(self, start: int, stop: int) -> None:
+        """Tell every reader which rows are read next."""
+        for reader in self._readers:
+            reader.expect(start, stop)
 
     def rows(self, piece: Span) -> NDArray[np.float64]:
         """Return the rows of a piece, (m, columns) in C order, valid until the next are asked for."""

@@ -9,8 +9,8 @@ import lzma
 import math
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import google_crc32c
 import numcodecs
@@ -23,6 +23,7 @@ from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, GzipCodec, ZstdCode
 from streamlr.errors import ChunkCorrupt, MemoryLimitExceeded
 
 Stored = bytes | memoryview
+Position = tuple[int, ...]
 ABSENT = 2**64 - 1  # what a shard's index says of an inner chunk that was never written
 
 # numcodecs by which a zarr v2 store of numbers may have been written; pickles and objects are refused before a byte is read
@@ -46,31 +47,27 @@ class ChunkCodec:
         Stored dtype, byte order included.
     order : "C" or "F"
         Layout of the elements.
-    steps : tuple
-        Compressors and checksums in the order in which they are undone.
+    has_checksum : bool
+        Whether the stored bytes end with a crc32c over all that precedes it.
+    compressor : numcodecs codec or None
+        What the bytes before it were compressed with.
+    nbytes : int
+        Bytes of a decoded chunk.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
-    order: str
-    steps: tuple[Any, ...]
+    order: Literal["C", "F"]
+    has_checksum: bool
+    compressor: Any
+    nbytes: int = field(init=False)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of a decoded chunk."""
-        return int(np.prod(self.shape, dtype=object)) * self.dtype.itemsize
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "nbytes", math.prod(self.shape) * self.dtype.itemsize)
 
-    @property
-    def has_checksum(self) -> bool:
-        """Whether the stored bytes end with a crc32c over all that precedes it."""
-        return bool(self.steps) and isinstance(self.steps[0], Crc32cCodec)
-
-    @property
-    def compressed(self) -> bool:
-        """Whether the stored bytes are others than the decoded ones."""
-        return any(not isinstance(step, Crc32cCodec) for step in self.steps)
-
-    def decode(self, stored: Stored, out: NDArray[np.uint8], describe: Callable[[], str]) -> NDArray[Any]:
+    def decode(
+        self, stored: Stored, out: NDArray[np.uint8], describe: Callable[[Position], str], position: Position
+    ) -> NDArray[Any]:
         """Decode `stored`, into `out` (uint8, `nbytes`) if it was compressed and the codec can, and return an array of `shape`.
 
         Raises
@@ -82,16 +79,18 @@ class ChunkCodec:
         """
         data: Any = stored
         try:
-            for step in self.steps:
-                data = _check_crc32c(data) if isinstance(step, Crc32cCodec) else _decompress(step, data, out)
+            if self.has_checksum:
+                data = _check_crc32c(data)
+            if self.compressor is not None:
+                data = _decompress(self.compressor, data, out)
         except Exception as error:  # numcodecs and its C libraries raise what they like; but for memory, this chunk is damaged
-            check_memory(error, describe(), self.nbytes)
-            raise ChunkCorrupt(f"{describe()} cannot be decoded: {error}; restore it from its source") from error
-        found = memoryview(data).nbytes
-        if found != self.nbytes:
-            raise ChunkCorrupt(f"{describe()} decodes to {found:,} bytes where {self.nbytes:,} belong; restore it from its source")
-        flat = np.frombuffer(data, dtype=self.dtype)
-        return flat.reshape(self.shape, order="F" if self.order == "F" else "C")
+            check_memory(error, describe(position), self.nbytes)
+            raise ChunkCorrupt(f"{describe(position)} cannot be decoded: {error}; restore it from its source") from error
+        if data is not out and (found := memoryview(data).nbytes) != self.nbytes:
+            raise ChunkCorrupt(
+                f"{describe(position)} decodes to {found:,} bytes where {self.nbytes:,} belong; restore it from its source"
+            )
+        return np.frombuffer(data, dtype=self.dtype).reshape(self.shape, order=self.order)
 
 
 def chunk_codec(array: zarr.Array[Any]) -> ChunkCodec | None:
@@ -100,8 +99,7 @@ def chunk_codec(array: zarr.Array[Any]) -> ChunkCodec | None:
     if metadata.zarr_format == 2:
         if metadata.filters or (metadata.compressor is not None and metadata.compressor.codec_id not in _DECLARED_SIZE | _BOUNDED):
             return None
-        steps: tuple[Any, ...] = () if metadata.compressor is None else (metadata.compressor,)
-        return ChunkCodec(array.chunks, array.dtype, metadata.order, steps)
+        return ChunkCodec(array.chunks, array.dtype, metadata.order, False, metadata.compressor)
     codecs = metadata.codecs
     if array.shards is not None:
         codecs = codecs[0].codecs
@@ -112,7 +110,7 @@ def chunk_codec(array: zarr.Array[Any]) -> ChunkCodec | None:
     if len(compressors) > 1 or len(checksums) > 1 or list(codecs[1:]) != [*compressors, *checksums]:
         return None  # only the last step may decode into the reused buffer: longer chains are zarr's
     dtype = array.dtype.newbyteorder(">" if _word(codecs[0].endian) == "big" else "<")
-    return ChunkCodec(array.chunks, dtype, "C", (*checksums, *map(_numcodec, compressors)))
+    return ChunkCodec(array.chunks, dtype, "C", bool(checksums), _numcodec(compressors[0]) if compressors else None)
 
 
 class ZarrCodec:
@@ -133,14 +131,14 @@ class ZarrCodec:
         self._nbytes = math.prod(array.chunks) * array.dtype.itemsize
         self._key = self._one.metadata.encode_chunk_key((0,) * array.ndim)
 
-    def decode(self, stored: Stored, describe: Callable[[], str]) -> NDArray[Any]:
+    def decode(self, stored: Stored, describe: Callable[[Position], str], position: Position) -> NDArray[Any]:
         """Decode `stored` and return an array of the shape of a chunk, or raise `ChunkCorrupt` or `MemoryLimitExceeded`."""
         try:
             self._stored[self._key] = _as_buffer(bytes(stored))
             return np.asarray(self._one[...])
         except Exception as error:  # any codec may fail in its own way; the chunk is named, the cause kept
-            check_memory(error, describe(), self._nbytes)
-            raise ChunkCorrupt(f"{describe()} cannot be decoded: {error}; restore it from its source") from error
+            check_memory(error, describe(position), self._nbytes)
+            raise ChunkCorrupt(f"{describe(position)} cannot be decoded: {error}; restore it from its source") from error
         finally:
             self._stored.pop(self._key, None)
 
@@ -163,16 +161,16 @@ class ShardIndex:
     @property
     def nbytes(self) -> int:
         """Stored bytes of the index."""
-        return 16 * int(np.prod(self.shape)) + 4 * self.checked
+        return 16 * math.prod(self.shape) + 4 * self.checked
 
-    def read(self, stored: Stored, describe: Callable[[], str]) -> NDArray[np.uint64]:
-        """Return the index as an array of shape (*chunks per shard, 2)."""
+    def read(self, stored: Stored, name: str) -> NDArray[np.uint64]:
+        """Return the index of the shard of this name as an array of shape (*chunks per shard, 2)."""
         if len(stored) != self.nbytes:
-            raise ChunkCorrupt(f"the index of {describe()} has {len(stored)} bytes where {self.nbytes} belong; restore the shard")
+            raise ChunkCorrupt(f"the index of {name} has {len(stored)} bytes where {self.nbytes} belong; restore the shard")
         try:
             entries = _check_crc32c(stored) if self.checked else stored
         except ValueError as error:
-            raise ChunkCorrupt(f"the index of {describe()} is damaged: {error}; restore the shard from its source") from error
+            raise ChunkCorrupt(f"the index of {name} is damaged: {error}; restore the shard from its source") from error
         return np.frombuffer(entries, dtype="<u8").reshape(*self.shape, 2)
 
 

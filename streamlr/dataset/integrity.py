@@ -10,8 +10,11 @@ import itertools
 import json
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,9 @@ ATTRIBUTE = "streamlr"
 FORMAT = "streamlr rows"
 VERSION = 1
 CHECKSUM_BYTES = 4
+LOOKING = 8  # threads that look at files
+BATCH = 500  # files that one of them looks at before it hands over
+Batch = list[tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,8 +139,13 @@ def chunk_positions(array: zarr.Array[Any]) -> Iterator[tuple[int, ...]]:
 
 def chunk_key(array: zarr.Array[Any], position: tuple[int, ...]) -> str:
     """Return the key, within the store, of the chunk or shard at `position`."""
-    key = array.metadata.encode_chunk_key(position)
-    return f"{array.path}/{key}" if array.path else key
+    return chunk_keys(array)(position)
+
+
+def chunk_keys(array: zarr.Array[Any]) -> Callable[[tuple[int, ...]], str]:
+    """Return the function from position to key: for many chunks, since zarr looks through the metadata for each attribute."""
+    encode, prefix = array.metadata.encode_chunk_key, f"{array.path}/" if array.path else ""
+    return lambda position: prefix + encode(position)
 
 
 def describe_chunk(array: zarr.Array[Any], label: str, position: tuple[int, ...], *, shard: bool = False) -> str:
@@ -157,7 +168,7 @@ def local_root(array: zarr.Array[Any]) -> Path | None:
     return None
 
 
-def file_status(path: Path, label: str) -> os.stat_result | None:
+def file_status(path: str | Path, label: str) -> os.stat_result | None:
     """Return the status of a chunk's file, None where there is none.
 
     Raises
@@ -176,26 +187,56 @@ def file_status(path: Path, label: str) -> os.stat_result | None:
     return status
 
 
+def file_statuses(array: zarr.Array[Any], label: str, root: Path) -> Iterator[tuple[Batch, list[os.stat_result | None]]]:
+    """Yield positions and the statuses of their files (None where there is none), many at a time, in order.
+
+    Several threads look them up: a disk that does not have them in memory answers several questions as fast as one.
+    """
+    encode, folder = chunk_keys(array), f"{root}/"
+
+    def look(batch: Batch) -> tuple[Batch, list[os.stat_result | None]]:
+        return batch, [file_status(folder + encode(position), label) for position in batch]
+
+    positions = chunk_positions(array)
+    batches = iter(lambda: list(itertools.islice(positions, BATCH)), [])
+    pool = ThreadPoolExecutor(LOOKING)
+    try:
+        under_way = deque(pool.submit(look, batch) for batch in itertools.islice(batches, LOOKING))
+        while under_way:
+            yield under_way.popleft().result()
+            under_way.extend(pool.submit(look, batch) for batch in itertools.islice(batches, 1))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def check_complete(array: zarr.Array[Any], label: str, remedy: str) -> None:
     """Raise `ChunkMissing` unless every chunk (or shard) is there and, where that can be told, not empty; no chunk is read."""
+    position = _first_absent(array, label)
+    if position is None:
+        return
     root = local_root(array)
-    listed: set[str] | None = None
-    if root is None and array.store.supports_listing:
-        listed = sync(_list_keys(array))
+    if root is not None and not (root / array.path).is_dir():
+        raise ChunkMissing(f"the store {root} of array {label!r} is gone; is it still mounted?")
+    raise ChunkMissing(
+        f"{describe_chunk(array, label, position, shard=array.shards is not None)} is missing from {array.store_path}, "
+        f"or empty; restore it, {remedy}"
+    )
+
+
+def _first_absent(array: zarr.Array[Any], label: str) -> tuple[int, ...] | None:
+    root = local_root(array)
+    if root is not None:
+        for batch, statuses in file_statuses(array, label, root):
+            for position, status in zip(batch, statuses, strict=True):
+                if status is None or not status.st_size:
+                    return position
+        return None
+    listed = sync(_list_keys(array)) if array.store.supports_listing else None
+    key = chunk_keys(array)
     for position in chunk_positions(array):
-        key = chunk_key(array, position)
-        if root is not None:
-            status = file_status(root / key, label)
-            present = status is not None and status.st_size > 0
-        else:
-            present = key in listed if listed is not None else sync(array.store.exists(key))
-        if not present:
-            if root is not None and not (root / array.path).is_dir():
-                raise ChunkMissing(f"the store {root} of array {label!r} is gone; is it still mounted?")
-            raise ChunkMissing(
-                f"{describe_chunk(array, label, position, shard=array.shards is not None)} is missing from {array.store_path}, "
-                f"or empty; restore it, {remedy}"
-            )
+        if not (key(position) in listed if listed is not None else sync(array.store.exists(key(position)))):
+            return position
+    return None
 
 
 async def _list_keys(array: zarr.Array[Any]) -> set[str]:
@@ -223,15 +264,14 @@ def array_fingerprint(array: zarr.Array[Any], label: str, checksums: bytes | Non
 
     A chunk that is absent counts as such. On stores that are not local only the metadata are available at this price.
     """
-    facts: list[Any] = [_metadata_digest(array)]
-    root = local_root(array)
-    if checksums is not None:
-        facts.append(checksums.hex())
-    elif root is not None:
-        for position in chunk_positions(array):
-            status = file_status(root / chunk_key(array, position), label)
-            facts.append(None if status is None else [status.st_size, status.st_mtime_ns])
-    return digest(facts)
+    metadata, root = _metadata_digest(array), local_root(array)
+    if checksums is not None or root is None:
+        return digest([metadata] if checksums is None else [metadata, checksums.hex()])
+    facts = sha256(f'["{metadata}"'.encode())  # the digest of a list, of which only a part is in memory
+    for _, statuses in file_statuses(array, label, root):
+        facts.update("".join([f",[{one.st_size},{one.st_mtime_ns}]" if one else ",null" for one in statuses]).encode())
+    facts.update(b"]")
+    return facts.hexdigest()
 
 
 def _canonical(array: zarr.Array[Any]) -> dict[str, Any]:
@@ -262,8 +302,9 @@ def _stored_checksums(array: zarr.Array[Any]) -> Iterator[bytes]:
         raise StoreIncomplete(
             f"the chunks of array {array.name!r} do not end with a crc32c; write it unsharded, with that codec last"
         )
+    key = chunk_keys(array)
     for position in chunk_positions(array):
-        path = root / chunk_key(array, position)
+        path = root / key(position)
         try:
             with path.open("rb") as file:
                 file.seek(-CHECKSUM_BYTES, os.SEEK_END)

@@ -18,6 +18,10 @@ class Reader(Protocol):
 
     chunks_missing: int
 
+    def expect(self, start: int, stop: int) -> None:
+        """Hear that the rows [start, stop) are read next, in order, and none after them that it is not told of."""
+        ...
+
     def read_into(self, out: NDArray[np.float64], start: int) -> None:
         """Fill `out` (m, c) with the rows start, ..., start + m - 1, promoted to float64."""
         ...
@@ -176,6 +180,9 @@ class MemoryReader:
         self.array = array
         self.offset = offset
         self.chunks_missing = 0
+
+    def expect(self, start: int, stop: int) -> None:
+        """Do nothing: the rows are here."""
 
     def read_into(self, out: NDArray[np.float64], start: int) -> None:
         """Fill `out` with the rows from `start` on."""

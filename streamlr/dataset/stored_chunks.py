@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
-from pathlib import Path
+from collections.abc import Coroutine, Iterable
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -17,12 +19,22 @@ from zarr.storage import LocalStore
 
 from streamlr.dataset.buffers import Buffer
 from streamlr.dataset.codecs import ABSENT, ShardIndex, check_memory, shard_index
-from streamlr.dataset.integrity import CHECKSUM_BYTES, chunk_key, describe_chunk, local_root
+from streamlr.dataset.files_ahead import Files
+from streamlr.dataset.integrity import CHECKSUM_BYTES, chunk_keys, describe_chunk, local_root
+from streamlr.dataset.read_ahead import ReadAhead, chunks_ahead
 from streamlr.errors import ChunkCorrupt, ChunkMissing, DataError
 
 PAUSES = (0.1, 0.5)  # seconds before a failed read is tried again: networks and network disks fail for a moment
 Position = tuple[int, ...]
 Stored = bytes | memoryview
+Entries = NDArray[np.uint64]
+Answer = memoryview | Exception | None  # the bytes, what went wrong, or nothing there
+Early = tuple[list[Answer], list[Answer]]  # for the shard's index and for the chunk: what was answered before it was wanted
+
+
+def is_local(array: zarr.Array[Any]) -> bool:
+    """Whether the chunks are plain files, which are read past zarr: a store that wraps files may do more than read them."""
+    return type(array.store) is LocalStore
 
 
 class StoredChunks:
@@ -41,10 +53,27 @@ class StoredChunks:
     def __init__(self, array: zarr.Array[Any], label: str, checksums: bytes | None) -> None:
         self.array, self.label = array, label
         self._checksums = checksums
+        self._columns = -(-array.shape[1] // array.chunks[1]) if array.ndim == 2 else 1  # chunks side by side
+        self._nbytes = math.prod(array.chunks) * array.dtype.itemsize
+        self._key = chunk_keys(array)
         self._index = shard_index(array)
-        self._shard: tuple[Position, NDArray[np.uint64]] | None = None
-        # a store that wraps files may do more than read them, so only plain files are read past zarr
-        self._files = local_root(array) if type(array.store) is LocalStore else None
+        self._per_shard = None if array.shards is None else tuple(a // b for a, b in zip(array.shards, array.chunks, strict=True))
+        self._shards: dict[Position, Entries] = {}  # of one row of shards
+        self._files = Files(f"{local_root(array)}/") if is_local(array) else None
+        if self._files is None:
+            self._ahead = ReadAhead(self._ask_chunk if self._per_shard is None else self._ask_inner, chunks_ahead(self._nbytes))
+            self._indexes: dict[Position, Future[tuple[Answer, Entries | None]]] = {}  # of shards that are ahead
+
+    def expect(self, positions: Iterable[Position]) -> None:
+        """Say which chunks will be asked for next, in this order, so that disk or network can begin before they are.
+
+        Whatever was expected before is dropped.
+        """
+        if self._files is None:
+            self._indexes.clear()
+            self._ahead.expect(positions)
+        elif self._per_shard is None:
+            self._files.expect(map(self._key, positions))
 
     def get(self, position: Position, buffer: Buffer) -> Stored | None:
         """Return the stored bytes of the chunk at `position`, in `buffer` where they come from a file; None when it is absent.
@@ -58,9 +87,13 @@ class StoredChunks:
         MemoryLimitExceeded
             There was no memory to read it.
         """
-        stored = (
-            self._whole(position, buffer) if self.array.shards is None else self._from_shard(position, self.array.shards, buffer)
-        )
+        index, chunk = ([], []) if self._files is not None else self._ahead.answer(position)
+        if self._per_shard is None:
+            stored = self._read(self._key(position), None, buffer, chunk)
+            if stored is not None and not len(stored):
+                raise ChunkMissing(f"{self.describe(position)} is there but empty; restore it from its source")
+        else:
+            stored = self._from_shard(position, buffer, index, chunk)
         if stored is not None and self._checksums is not None:
             self._check_manifest(position, stored, self._checksums)
         return stored
@@ -69,53 +102,54 @@ class StoredChunks:
         """Name the chunk at `position` and its rows."""
         return describe_chunk(self.array, self.label, position)
 
-    def _whole(self, position: Position, buffer: Buffer) -> Stored | None:
-        stored = self._read(chunk_key(self.array, position), None, buffer)
-        if stored is not None and not len(stored):
-            raise ChunkMissing(f"{self.describe(position)} is there but empty; restore it from its source")
-        return stored
-
-    def _from_shard(self, position: Position, shards: Position, buffer: Buffer) -> Stored | None:
+    def _from_shard(self, position: Position, buffer: Buffer, index: list[Answer], chunk: list[Answer]) -> Stored | None:
         if self._index is None:
             raise DataError(f"array {self.label!r} has a shard index of an unusual kind; write it with the default")
-        per_shard = tuple(shard // chunk for shard, chunk in zip(shards, self.array.chunks, strict=True))
-        shard = tuple(p // n for p, n in zip(position, per_shard, strict=True))
-        entries = self._shard_entries(shard, self._index)
+        shard, place = self._placed(position)
+        entries = self._shard_entries(shard, self._index, index)
         if entries is None:
             return None
-        offset, length = (int(number) for number in entries[tuple(p % n for p, n in zip(position, per_shard, strict=True))])
-        if offset == ABSENT:
+        request = _request(entries[place])
+        if request is None:
             return None
-        stored = self._read(chunk_key(self.array, shard), RangeByteRequest(offset, offset + length), buffer)
-        if stored is None or len(stored) != length:
+        stored = self._read(self._key(shard), request, buffer, chunk)
+        if stored is None or len(stored) != request.end - request.start:
             raise ChunkCorrupt(f"{self.describe(position)} is cut short inside its shard; restore the shard from its source")
         return stored
 
-    def _shard_entries(self, shard: Position, index: ShardIndex) -> NDArray[np.uint64] | None:
-        if self._shard is None or self._shard[0] != shard:
-            key = chunk_key(self.array, shard)
-            request = SuffixByteRequest(index.nbytes) if index.at_end else RangeByteRequest(0, index.nbytes)
-            stored = self._read(key, request, Buffer())
+    def _placed(self, position: Position) -> tuple[Position, Position]:
+        """Return the shard that holds a chunk, and the chunk's position in it."""
+        both = [divmod(p, n) for p, n in zip(position, self._per_shard or position, strict=True)]
+        return tuple(shard for shard, _ in both), tuple(place for _, place in both)
+
+    def _shard_entries(self, shard: Position, index: ShardIndex, early: list[Answer]) -> Entries | None:
+        if shard not in self._shards:
+            key = self._key(shard)
+            if self._files is None:
+                self._indexes.pop(shard, None)
+            stored = self._read(key, _index_request(index), Buffer(), early)
             if stored is None:
                 return None
             if not len(stored):
                 raise ChunkMissing(f"shard {key!r} of array {self.label!r} is there but empty; restore it from its source")
-            self._shard = shard, index.read(stored, lambda: f"shard {key!r} of array {self.label!r}")
-        return self._shard[1]
+            entries = index.read(stored, f"shard {key!r} of array {self.label!r}")
+            self._shards = {other: held for other, held in self._shards.items() if other[0] == shard[0]} | {shard: entries}
+        return self._shards[shard]
 
-    def _read(self, key: str, request: ByteRequest | None, buffer: Buffer) -> Stored | None:
+    def _read(self, key: str, request: ByteRequest | None, buffer: Buffer, early: list[Answer]) -> Stored | None:
         pauses = iter(PAUSES)
         while True:
             try:
                 if self._files is not None:
-                    return _read_file(self._files / key, request, buffer)
-                found = sync(self.array.store.get(key, default_buffer_prototype(), request))
-                return None if found is None else found.to_bytes()
+                    return self._files.read(key, request, buffer)
+                answer = early.pop() if early else sync(self._ask(key, request))
+                if isinstance(answer, Exception):
+                    raise answer
+                return answer
             except (FileNotFoundError, NotADirectoryError):
                 return None
             except Exception as error:  # remote stores raise what their clients raise
-                nbytes = math.prod(self.array.chunks) * self.array.dtype.itemsize
-                check_memory(error, f"{key!r} of array {self.label!r}", nbytes)
+                check_memory(error, f"{key!r} of array {self.label!r}", self._nbytes)
                 pause = next(pauses, None)
                 if pause is None or isinstance(error, PermissionError | IsADirectoryError):
                     raise ChunkCorrupt(
@@ -124,28 +158,57 @@ class StoredChunks:
                     ) from error
                 time.sleep(pause)
 
+    async def _ask(self, key: str, request: ByteRequest | None) -> Answer:
+        try:
+            found = await self.array.store.get(key, default_buffer_prototype(), request)
+        except Exception as error:  # it is raised when its chunk is wanted
+            return error
+        stored: Any = None if found is None else found.as_numpy_array()  # no copy
+        return None if stored is None else memoryview(stored).cast("B").toreadonly()
+
+    async def _ask_chunk(self, position: Position) -> Early:
+        return [], [await self._ask(self._key(position), None)]
+
+    def _ask_inner(self, position: Position) -> Coroutine[Any, Any, Early]:
+        """Ask for a chunk in a shard; for the shard's index too, where nobody has yet."""
+        shard, place = self._placed(position)
+        if shard in self._shards or self._index is None:
+            return self._ask_part(shard, place, None)
+        if shard not in self._indexes:
+            self._indexes[shard] = self._ahead.start(self._ask_index(shard, self._index))
+        return self._ask_part(shard, place, self._indexes[shard])
+
+    async def _ask_part(self, shard: Position, place: Position, index: Future[tuple[Answer, Entries | None]] | None) -> Early:
+        early: list[Answer] = []
+        entries = self._shards.get(shard)
+        if index is not None:
+            answer, entries = await asyncio.wrap_future(index)
+            early = [answer]
+        if entries is None or (request := _request(entries[place])) is None:
+            return early, []
+        return early, [await self._ask(self._key(shard), request)]
+
+    async def _ask_index(self, shard: Position, index: ShardIndex) -> tuple[Answer, Entries | None]:
+        answer = await self._ask(self._key(shard), _index_request(index))
+        try:
+            return answer, index.read(answer, "") if isinstance(answer, memoryview) else None
+        except ChunkCorrupt:  # it is read again, and named, when the first chunk of the shard is wanted
+            return answer, None
+
     def _check_manifest(self, position: Position, stored: Stored, checksums: bytes) -> None:
-        grid = tuple(-(-length // size) for length, size in zip(self.array.shape, self.array.chunks, strict=True))
-        at = int(np.ravel_multi_index(position, grid)) * CHECKSUM_BYTES
-        if bytes(stored[-CHECKSUM_BYTES:]) != checksums[at : at + CHECKSUM_BYTES]:
+        at = (position[0] * self._columns + sum(position[1:])) * CHECKSUM_BYTES
+        if stored[-CHECKSUM_BYTES:] != checksums[at : at + CHECKSUM_BYTES]:
             raise ChunkCorrupt(
                 f"{self.describe(position)} is not the chunk that was written there (its checksum differs from the manifest's); "
                 "restore it from its source"
             )
 
 
-def _read_file(path: Path, request: ByteRequest | None, buffer: Buffer) -> memoryview:
-    """Read a file, or a part of it, into the memory of `buffer`."""
-    with path.open("rb", buffering=0) as file:
-        size = file.seek(0, 2)
-        start, stop = 0, size
-        if isinstance(request, SuffixByteRequest):
-            start = max(size - request.suffix, 0)
-        elif isinstance(request, RangeByteRequest):
-            start, stop = min(request.start, size), min(request.end, size)
-        file.seek(start)
-        view = buffer.take(stop - start).data
-        done = 0
-        while done < len(view) and (count := file.readinto(view[done:])):
-            done += count
-        return view[:done]
+def _request(entry: Entries) -> RangeByteRequest | None:
+    """Return where a shard's index says that a chunk is; None where it says that there is none."""
+    offset, length = entry.tolist()
+    return None if offset == ABSENT else RangeByteRequest(offset, offset + length)
+
+
+def _index_request(index: ShardIndex) -> ByteRequest:
+    return SuffixByteRequest(index.nbytes) if index.at_end else RangeByteRequest(0, index.nbytes)

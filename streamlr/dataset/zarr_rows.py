@@ -18,8 +18,9 @@ from zarr.codecs import ShardingCodec
 from streamlr.dataset.buffers import Buffer
 from streamlr.dataset.codecs import KNOWN_V2, ChunkCodec, ZarrCodec, check_memory, chunk_codec
 from streamlr.dataset.integrity import array_fingerprint, check_complete, check_current, local_root
+from streamlr.dataset.read_ahead import chunks_ahead
 from streamlr.dataset.rows import as_float64, check_dtype
-from streamlr.dataset.stored_chunks import StoredChunks
+from streamlr.dataset.stored_chunks import StoredChunks, is_local
 from streamlr.errors import ChunkMissing, DataError, StoreChanged, StoreIncomplete, UnsupportedDtype
 
 MAX_CHUNKS = 10**9  # more than any disk holds: the shape in the metadata was altered
@@ -112,10 +113,14 @@ class ZarrRows:
 
     @property
     def reader_bytes(self) -> int:
-        """All column chunks of one row of chunks, decoded, one of them stored, and what zarr copies where it decodes."""
+        """All column chunks of one row of chunks, decoded, one of them stored, and what zarr copies where it decodes.
+
+        And the stored chunks that are read ahead, unless the kernel reads files ahead.
+        """
         decoded = self.array.chunks[0] * self.row_bytes
         one = decoded // len(self.column_chunks)
-        return decoded + one if chunk_codec(self.array) is not None else 2 * decoded + one
+        stored = one if is_local(self.array) else one + one * chunks_ahead(one)
+        return decoded + stored if chunk_codec(self.array) is not None else 2 * decoded + stored
 
     def reader(self) -> ZarrReader:
         """Return a reader of these rows."""
@@ -134,9 +139,10 @@ class ZarrRows:
 
     def positions(self, first: int, stop: int) -> Iterator[Position]:
         """Iterate over the chunks that hold the columns that are read, for rows of chunks from `first` to before `stop`."""
+        ndim, column_chunks = self.array.ndim, self.column_chunks
         for row_chunk in range(first, stop):
-            for column_chunk in self.column_chunks:
-                yield (row_chunk, column_chunk)[: self.array.ndim]
+            for column_chunk in column_chunks:
+                yield (row_chunk, column_chunk)[:ndim]
 
     def check(self, *, complete: bool) -> None:
         """Raise unless the array is what it was when it was opened and, on a local disk, all its chunks are there.
@@ -154,17 +160,27 @@ class ZarrReader:
     def __init__(self, rows: ZarrRows) -> None:
         self.rows = rows
         self.chunks_missing = 0
+        self._height = rows.decoded_rows
+        self._positions = [(column,)[: rows.array.ndim - 1] for column in rows.column_chunks]  # within a row of chunks
         self._stored = StoredChunks(rows.array, rows.label, rows.checksums)
         self._codec = chunk_codec(rows.array) or ZarrCodec(rows.array)
+        # numbers stored plainly are used where they were read, so they need a place for each column chunk; others share one
+        self._in_place = isinstance(self._codec, ChunkCodec) and self._codec.compressor is None
         self._copies = _column_copies(rows)
         self._whole = rows.column_chunks == (0,) and rows.column_positions == tuple(range(rows.row_bytes // rows.dtype.itemsize))
-        self._buffers: defaultdict[tuple[str, int], Buffer] = defaultdict(Buffer)
+        self._read: defaultdict[int, Buffer] = defaultdict(Buffer)
+        self._decoded: defaultdict[int, Buffer] = defaultdict(Buffer)
         self._held = -1
         self._pieces: list[NDArray[Any]] = []
 
+    def expect(self, start: int, stop: int) -> None:
+        """Ask the store for the chunks of the rows [start, stop), which are read next, and for no others any more."""
+        first, last = start // self._height, -(-stop // self._height)
+        self._stored.expect(self.rows.positions(first + (first == self._held), last) if start < stop else ())
+
     def read_into(self, out: NDArray[np.float64], start: int) -> None:
         """Fill `out` (m, c) with the rows from `start` on."""
-        height = self.rows.array.chunks[0]
+        height = self._height
         stop = start + len(out)
         for row_chunk in range(start // height, -(-stop // height)):
             if row_chunk != self._held:
@@ -176,7 +192,7 @@ class ZarrReader:
 
     def view(self, start: int, stop: int) -> NDArray[np.float64] | None:
         """Return the rows [start, stop) of a decoded chunk, where one holds all that is read of them, as it is."""
-        height = self.rows.array.chunks[0]
+        height = self._height
         row_chunk = start // height
         if not self._whole or stop > (row_chunk + 1) * height:
             return None
@@ -196,32 +212,34 @@ class ZarrReader:
         ChunkCorrupt
             Its bytes cannot be what was written there.
         """
-        array, codec, column = self.rows.array, self._codec, position[-1] if len(position) == 2 else 0
-        # numbers stored plainly are used where they were read, so they need a place for each column chunk; others share one
-        in_place = isinstance(codec, ChunkCodec) and not codec.compressed
-        stored = self._stored.get(position, self._buffers["stored", column if in_place else 0])
+        codec, column = self._codec, position[-1] if len(position) == 2 else 0
+        stored = self._stored.get(position, self._read[column if self._in_place else 0])
         if stored is None:
-            if not self.rows.may_lack_chunks:
-                raise ChunkMissing(self._absence(position))
-            self.chunks_missing += 1
-            fill = 0 if array.fill_value is None else array.fill_value  # none is stated (v2): zarr reads zeros
-            return np.full(array.chunks, fill, dtype=array.dtype).reshape(array.chunks[0], -1)
+            return self._filled(position)
         if isinstance(codec, ZarrCodec):
-            decoded = codec.decode(stored, lambda: self._stored.describe(position))
+            decoded = codec.decode(stored, self._stored.describe, position)
         else:
             try:
-                out = self._buffers["decoded", column].take(codec.nbytes if codec.compressed else 0)
+                out = self._decoded[column].take(0 if self._in_place else codec.nbytes)
             except (MemoryError, OSError) as error:
                 check_memory(error, self._stored.describe(position), codec.nbytes)
                 raise
-            decoded = codec.decode(stored, out, lambda: self._stored.describe(position))
-        return decoded.reshape(array.chunks[0], -1)
+            decoded = codec.decode(stored, out, self._stored.describe, position)
+        return decoded.reshape(self._height, -1)
+
+    def _filled(self, position: Position) -> NDArray[Any]:
+        """Return what an absent chunk stands for, if it may be absent, and count it."""
+        if not self.rows.may_lack_chunks:
+            raise ChunkMissing(self._absence(position))
+        self.chunks_missing += 1
+        array = self.rows.array
+        fill = 0 if array.fill_value is None else array.fill_value  # none is stated (v2): zarr reads zeros
+        return np.full(array.chunks, fill, dtype=array.dtype).reshape(self._height, -1)
 
     def _hold(self, row_chunk: int) -> None:
         self._held = -1  # nothing is held while a chunk is being replaced, so that an error leaves no mixture
         self._pieces = []  # and its memory is free for the next one
-        ndim = self.rows.array.ndim
-        self._pieces = [self.chunk((row_chunk, column)[:ndim]) for column in self.rows.column_chunks]
+        self._pieces = [self.chunk((row_chunk, *columns)) for columns in self._positions]
         self._held = row_chunk
 
     def _absence(self, position: Position) -> str:
