@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 
 from streamlr.dataset.integrity import seal
 from streamlr.dataset.tables.batches import Table, open_table, read_batches
@@ -21,7 +23,8 @@ from streamlr.errors import BadFile, DataError, NonFiniteValue, PathNotFound, St
 from streamlr.files import write_json
 
 pytest.importorskip("pyarrow")
-pytest.importorskip("formulaic")
+formulaic = pytest.importorskip("formulaic")
+pandas = pytest.importorskip("pandas")
 
 Row = tuple[float, float, str, str, int]
 LEVELS = {"kind": ["a", "b", "c"], "my place": ["in:", "out]"], "month": ["9", "10"]}
@@ -41,7 +44,15 @@ def coded(formula: str, table: Table, block_bytes: int = 2**20):
     coder = Coder(coding)
     numbers = list(dict.fromkeys([*coding.numbers, *coding.target_columns]))
     batches = list(read_batches(table, numbers=numbers, texts=list(coding.levels), block_bytes=block_bytes))
-    return coding, np.concatenate([coder.x(b) for b in batches]), np.concatenate([coder.y(b) for b in batches])
+    n_rows = sum(len(batch.rows) for batch in batches)
+    x, y = np.full((n_rows, len(coding.features)), np.nan), np.full((n_rows, len(coding.targets)), np.nan)
+    start = 0
+    for batch in batches:
+        stop = start + len(batch.rows)
+        coder.code(batch).write_x(x[start:stop])
+        coder.code(batch).write_y(y[start:stop])
+        start = stop
+    return coding, x, y
 
 
 def is_b(row: Row):
@@ -100,8 +111,6 @@ def test_columns_and_their_names(table: Table, formula: str, columns: dict[str, 
     coding, x, _ = coded(formula, table)
     assert coding.features == tuple(columns)
     np.testing.assert_array_equal(x, [[value(row) for value in columns.values()] for row in ROWS])
-    assert x.dtype == np.float64
-    assert x.flags.c_contiguous
 
 
 def test_targets_may_be_several_and_functions_of_a_column(table: Table):
@@ -115,6 +124,54 @@ def test_every_row_is_coded_as_if_it_were_alone(table: Table):
     _, together, _ = coded(formula, table)
     _, alone, _ = coded(formula, table, block_bytes=25)
     np.testing.assert_array_equal(together, alone)
+
+
+terms = st.sampled_from(
+    [
+        *("x", "z", "log(x)", "I(x > 1)", "{x * z}", "{z // x}", "np.maximum(x, z)", "I(z < 0):x", "np.exp(z):x:z"),
+        *("C(kind)", "C(two)", "C(month)", "C(`my place`)", "x:C(kind)", "C(two):z", "z:C(two):x", "C(kind):C(two):C(`my place`)"),
+        *(
+            "z * C(kind) * C(month)",
+            "np.exp(x):C(two):z",
+            "I(x > 1):C(kind)",
+            "C(kind):z:C(two):np.exp(x)",
+            "(z + C(two) + C(kind)) ** 3",
+        ),
+    ]
+)
+numbers = st.one_of(st.sampled_from([0.0, -0.0, -1.5, 1.0, 300.0, 1e200, -1e200]), st.floats(-1e3, 1e3))
+all_levels = {**LEVELS, "two": ["no", "yes"]}
+table_rows = st.lists(
+    st.tuples(numbers, numbers, *(st.sampled_from(levels) for levels in all_levels.values())), min_size=1, max_size=20
+)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(terms=st.lists(terms, min_size=1, max_size=4), rows=table_rows)
+@example(terms=["np.exp(z):x:z"], rows=[(x, z, "a", "in:", "9", "no") for x in (0.1, 0.7) for z in (-1.3, 0.3, 2.3)])
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+def test_columns_are_to_the_bit_those_that_formulaic_computes_from_all_rows(tmp_path: Path, terms: list[str], rows: list[Any]):
+    frame = pandas.DataFrame(rows, columns=["x", "z", *all_levels])
+    frame["y"] = frame["z"]
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    expected_frame = frame.assign(**{column: pandas.Categorical(frame[column], levels) for column, levels in all_levels.items()})
+    formula = " + ".join(terms)
+    expected = np.asarray(formulaic.model_matrix(formula, expected_frame, output="numpy", na_action="ignore"), dtype=np.float64)[
+        :, 1:
+    ]
+    coding = Coding.of_formula(parse_formula(f"y ~ {formula}"), all_levels)
+    (batch,) = read_batches(open_table(tmp_path / "t.csv"), numbers=["x", "z", "y"], texts=list(coding.levels))
+    coded, x = Coder(coding).code(batch), np.full(expected.shape, np.nan)
+    if not np.isfinite(expected).all():
+        line = 2 + int(np.argwhere(~np.isfinite(expected))[0, 0])
+        with pytest.raises(NonFiniteValue, match=f"line {line}, "):
+            coded.write_x(x)
+        return
+    cut = len(rows) // 2
+    coded.write_x(x[:cut], slice(0, cut))
+    coded.write_x(x[cut:], slice(cut, None))
+    assert len(coding.features) == expected.shape[1]
+    assert x.tobytes() == expected.tobytes()
 
 
 @pytest.mark.parametrize(
@@ -185,7 +242,7 @@ def test_an_unknown_level_is_an_error_with_its_line_and_the_known_levels(table: 
     coder = Coder(Coding.of_formula(parse_formula("y ~ C(kind)"), {"kind": ["a", "b"]}))
     (batch,) = read_batches(table, texts=["kind"])
     with pytest.raises(UnknownLevel, match=r"t.csv, line 4, column 'kind': got the level 'c'.*'a', 'b'"):
-        coder.x(batch)
+        coder.code(batch)
 
 
 def test_a_term_that_is_not_finite_is_an_error_with_its_line(table: Table):

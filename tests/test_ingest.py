@@ -193,6 +193,52 @@ def test_rows_fill_chunks_whatever_the_blocks(tmp_path: Path, n_rows: int, rows_
         np.testing.assert_array_equal(stored[name], expected)
     chunk_rows = {array.chunks[0] for _, array in zarr.open_group(tmp_path / "s.zarr", mode="r").arrays()}
     assert chunk_rows == {rows_per_chunk or (1024 if n_rows == 1024 else 2048)}
+    for name, array in zarr.open_group(tmp_path / "s.zarr", mode="r").arrays():
+        by_zarr = zarr.create_array(
+            tmp_path / "by_zarr" / name,
+            shape=array.shape,
+            chunks=array.chunks,
+            dtype=array.dtype,
+            compressors=array.compressors,
+            fill_value=array.fill_value,
+            dimension_names=array.metadata.dimension_names,
+            config={"write_empty_chunks": True},
+        )
+        by_zarr[:] = stored[name]
+        assert files(tmp_path / "s.zarr" / name) == files(tmp_path / "by_zarr" / name)
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_a_chunk_that_cannot_be_written_ends_the_writing(tmp_path: Path, number: int):
+    with RowStoreWriter(tmp_path / "s.zarr", features=["a"], targets=["y"], rows_per_chunk=2) as writer:
+        (tmp_path / "s.zarr" / "y" / "c").mkdir(parents=True)
+        (tmp_path / "s.zarr" / "y" / "c" / str(number)).touch()
+
+        def write():
+            writer.append(np.ones((6, 1)), np.ones(6))
+            writer.finish()
+
+        with pytest.raises(FileExistsError, match=f"c/{number}"):
+            write()
+    with pytest.raises(StoreIncomplete, match="never finished"):
+        read_seal(zarr.open_group(tmp_path / "s.zarr", mode="r"))
+
+
+def test_nothing_is_written_once_the_writing_was_given_up(tmp_path: Path):
+    rows = np.random.default_rng(0).normal(size=(2**19, 4))  # worth some time of the compressor's
+    with RowStoreWriter(tmp_path / "s.zarr", features="abcd", rows_per_chunk=2**19) as writer:
+        writer.append(rows)
+    left = files(tmp_path / "s.zarr")
+    assert len(left["X/c/0/0"]) > rows.nbytes / 2
+    with pytest.raises(RuntimeError, match="shutdown"):
+        writer.append(rows)
+    assert files(tmp_path / "s.zarr") == left
+
+
+def test_two_chunks_are_held_whatever_their_number(tmp_path: Path):
+    with RowStoreWriter(tmp_path / "s.zarr", features=["a"], rows_per_chunk=4) as writer:
+        rooms = [room["X"] for _ in range(20) for _, room in writer.room(1)]
+        assert len({id(room.base) for room in rooms}) == 2
 
 
 def test_the_default_chunk_is_a_power_of_two_of_rows():
@@ -431,6 +477,18 @@ def wait(stage, n_rows):
         time.sleep(60)
 ingest(sys.argv[1], sys.argv[2], formula="price ~ carat + C(cut)", rows_per_chunk=1000, progress=wait)
 """
+
+
+@pytest.mark.parametrize("stage", ["levels", "rows"])
+def test_an_interrupted_run_ends_by_itself_and_leaves_nothing(tmp_path: Path, stage: str):
+    command = [sys.executable, "-c", KILLED, DATA / "diamonds.csv.gz", tmp_path / "s.zarr", stage, "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"ready\n"
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGINT
+    assert errors.endswith(b"KeyboardInterrupt\n")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("stage", "n_rows"), [("levels", 1), ("rows", 1), ("rows", 53_940)])

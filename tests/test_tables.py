@@ -11,6 +11,8 @@ import io
 import math
 import subprocess
 import sys
+import threading
+import time
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +23,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from streamlr.dataset.tables.ahead import one_ahead
 from streamlr.dataset.tables.batches import open_table, read_batches, wordy_columns
 from streamlr.dataset.tables.csv_files import MISSING, is_number
 from streamlr.errors import BadCell, DataError, PathNotFound, UnsupportedDtype, UsageError
@@ -277,3 +280,40 @@ def test_without_pyarrow_the_error_says_what_to_install(tmp_path: Path, monkeypa
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UsageError, match=r'pip install "streamlr\[ingest\]"'):
         read(write(tmp_path, TEXT), ["x"])
+
+
+def test_reading_ahead_keeps_the_order_and_makes_at_most_one_item_too_many():
+    made: list[int] = []
+
+    def items():
+        for number in range(5):
+            made.append(number)
+            yield number
+
+    for number in one_ahead(items()):
+        time.sleep(0.01)  # for whoever would go on
+        assert made in (list(range(number + 1)), list(range(number + 2)))
+        if number == 3:
+            break
+    assert made[:4] == [0, 1, 2, 3]
+
+
+def test_an_error_while_reading_ahead_comes_after_the_items_before_it():
+    def items():
+        yield 1
+        yield 2
+        raise OSError("gone")
+
+    ahead = one_ahead(items())
+    assert [next(ahead), next(ahead)] == [1, 2]
+    with pytest.raises(OSError, match="gone"):
+        next(ahead)
+
+
+def test_no_thread_stays_when_reading_ends_early(tmp_path: Path):
+    before = set(threading.enumerate())
+    batches = read_batches(open_table(write(tmp_path, "x,z\n" + "1,2\n" * 5000)), numbers=["x"], block_bytes=512)
+    next(batches)
+    assert any(thread.name.startswith("streamlr-read-ahead") for thread in set(threading.enumerate()) - before)
+    batches.close()
+    assert not any(thread.name.startswith("streamlr-read-ahead") for thread in set(threading.enumerate()) - before)

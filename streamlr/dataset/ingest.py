@@ -22,7 +22,6 @@ from streamlr.errors import BadCell, DataError, StoreChanged, UnsupportedDtype, 
 from streamlr.files import publish
 
 StrPath = str | os.PathLike[str]
-CODED_BYTES = 16 * 2**20  # X and y of the rows that are coded at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,23 +176,26 @@ def _write(
     progress: Progress | None,
 ) -> tuple[RowStoreWriter, RowCounts]:
     """Code every row and write it to a store that is not yet published; seal the store."""
-    coder, counts = Coder(coding), RowCounts()
+    coder, counts = Coder(coding, with_targets=with_targets), RowCounts()
     targets, target_columns = (coding.targets, coding.target_columns) if with_targets else ((), ())
     weights = coding.weights if with_targets else None
-    writer = RowStoreWriter(
-        path, features=coding.features, targets=targets, weights=weights is not None, rows_per_chunk=rows_per_chunk
-    )
     numbers = list(dict.fromkeys([*target_columns, *coding.numbers, *_names(weights)]))
-    # a block of short lines holds many rows, and a category turns one cell into as many numbers as it has levels
-    rows_at_once = max(1, CODED_BYTES // (8 * (len(coding.features) + len(targets))))
-    for batch in complete_rows(tables, numbers, list(coding.levels), missing, counts):
-        for piece in batch.pieces(rows_at_once):
-            y = coder.y(piece) if with_targets else None
-            writer.append(coder.x(piece), y, None if weights is None else _weights(piece, weights))
-        if progress is not None:
-            progress("rows", counts.read)
-    tally = {"rows_read": counts.read, "rows_dropped": counts.dropped, "dropped_by_column": counts.by_column}
-    writer.finish(coding=coding.to_json(), counts=tally)
+    with RowStoreWriter(
+        path, features=coding.features, targets=targets, weights=weights is not None, rows_per_chunk=rows_per_chunk
+    ) as writer:
+        for batch in complete_rows(tables, numbers, list(coding.levels), missing, counts):
+            coded = coder.code(batch)
+            weights_of_batch = None if weights is None else _weights(batch, weights)
+            for rows, room in writer.room(len(batch.rows)):
+                if targets:
+                    coded.write_y(room["y"].reshape(-1, len(targets)), rows)
+                coded.write_x(room["X"], rows)
+                if weights_of_batch is not None:
+                    room["weights"][:] = weights_of_batch[rows]
+            if progress is not None:
+                progress("rows", counts.read)
+        tally = {"rows_read": counts.read, "rows_dropped": counts.dropped, "dropped_by_column": counts.by_column}
+        writer.finish(coding=coding.to_json(), counts=tally)
     return writer, counts
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+import google_crc32c
+import numcodecs
 import numpy as np
 import zarr
 from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
-from streamlr.dataset.integrity import ATTRIBUTE, seal
+from streamlr.dataset.integrity import ATTRIBUTE, CHECKSUM_BYTES, chunk_key, seal
 from streamlr.errors import NoRows, UsageError
 
 CHUNK_BYTES = 16 * 2**20
@@ -20,9 +23,14 @@ LEAST_ROWS, MOST_ROWS = 2**10, 2**20  # by default; where columns are many, CHUN
 LARGEST_CHUNK_BYTES = 2**31 - 1
 COMPRESSION_LEVEL = 1
 
+Rows = dict[str, NDArray[np.float64]]  # by the name of the array
+
 
 class RowStoreWriter:
     """Append rows to a new store; `finish` seals it. Before that, whoever reads the store finds that it is unfinished.
+
+    A thread compresses and writes one chunk while the next is filled, and that one too is written while the first still is: two
+    chunks are held. The end of a `with` block waits for the thread, so that nothing is written to the store after it.
 
     Parameters
     ----------
@@ -44,9 +52,9 @@ class RowStoreWriter:
     --------
     >>> import tempfile
     >>> folder = tempfile.TemporaryDirectory()
-    >>> writer = RowStoreWriter(Path(folder.name) / "rows.zarr", features=["a", "b"], targets=["y"])
-    >>> writer.append(np.ones((3, 2)), np.arange(3.0))
-    >>> writer.finish()
+    >>> with RowStoreWriter(Path(folder.name) / "rows.zarr", features=["a", "b"], targets=["y"]) as writer:
+    ...     writer.append(np.ones((3, 2)), np.arange(3.0))
+    ...     writer.finish()
     >>> zarr.open_group(Path(folder.name) / "rows.zarr", mode="r")["y"][:].tolist()
     [0.0, 1.0, 2.0]
     >>> folder.cleanup()
@@ -75,9 +83,12 @@ class RowStoreWriter:
             shapes["y"] = () if len(targets) == 1 else (len(targets),)
         if weights:
             shapes["weights"] = ()
-        self._buffers = {name: np.empty((self.rows_per_chunk, *shape)) for name, shape in shapes.items()}
+        self._buffers: Rows = {name: np.empty((self.rows_per_chunk, *shape), "<f8") for name, shape in shapes.items()}
+        self._spare: Rows = {}
         self._filled = 0
         self._arrays: dict[str, zarr.Array[Any]] = {}
+        self._thread = ThreadPoolExecutor(1, "streamlr-chunk-writer")
+        self._writing: Future[None] | None = None
         self._group = zarr.create_group(str(self._path), zarr_format=3, attributes={ATTRIBUTE: {"complete": False}})
 
     def append(
@@ -100,15 +111,28 @@ class RowStoreWriter:
         }
         if rows.keys() != self._buffers.keys():
             raise UsageError(f"this store takes {', '.join(self._buffers)}, but rows came with {', '.join(rows)}")
+        for part, room in self.room(len(x)):
+            for name, buffer in room.items():
+                buffer[:] = rows[name][part]
+
+    def room(self, n_rows: int) -> Iterator[tuple[slice, Rows]]:
+        """Add rows that are made in their place: iterate over room for `n_rows`, to be filled before the next is asked for.
+
+        Yields
+        ------
+        slice
+            Which of the rows.
+        dict of str to array
+            For each array of the store, where these rows are to be written.
+        """
         start = 0
-        while start < len(x):
-            stop = min(len(x), start + self.rows_per_chunk - self._filled)
-            for name, buffer in self._buffers.items():
-                buffer[self._filled : self._filled + stop - start] = rows[name][start:stop]
-            self._filled += stop - start
-            start = stop
-            if self._filled == self.rows_per_chunk:
-                self._write_chunk()
+        while start < n_rows:
+            stop = min(n_rows, start + self.rows_per_chunk - self._filled)
+            filled = self._filled + stop - start
+            yield slice(start, stop), {name: buffer[self._filled : filled] for name, buffer in self._buffers.items()}
+            start, self._filled = stop, filled
+            if filled == self.rows_per_chunk:
+                self._hand_over()
 
     def finish(self, *, coding: Mapping[str, Any] | None = None, counts: Mapping[str, Any] | None = None) -> None:
         """Write the last rows, then the manifest and the success marker.
@@ -128,17 +152,49 @@ class RowStoreWriter:
         if self._given_rows is None and not self.n_rows:
             self.rows_per_chunk = min(self.rows_per_chunk, max(LEAST_ROWS, 1 << (self._filled - 1).bit_length()))
         if self._filled:
-            self._write_chunk()
+            self._hand_over()
+        self._wait()
+        self._thread.shutdown()
+        for array in self._arrays.values():
+            array.resize((self.n_rows, *array.shape[1:]))
         seal(self._path, features=self._features, targets=self._targets, coding=coding or {}, counts=counts or {})
 
-    def _write_chunk(self) -> None:
-        start, self.n_rows = self.n_rows, self.n_rows + self._filled
-        for name, buffer in self._buffers.items():
-            if name not in self._arrays:
-                self._arrays[name] = self._create(name, buffer.shape[1:])
-            self._arrays[name].resize((self.n_rows, *buffer.shape[1:]))
-            self._arrays[name][start : self.n_rows] = buffer[: self._filled]
-        self._filled = 0
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def _hand_over(self) -> None:
+        """Have the chunk written, by the thread if it is free, else here and now: compressing takes longer than coding."""
+        if not self._arrays:
+            self._arrays = {name: self._create(name, buffer.shape[1:]) for name, buffer in self._buffers.items()}
+        chunks = {name: buffer[: self.rows_per_chunk] for name, buffer in self._buffers.items()}
+        number, filled = self.n_rows // self.rows_per_chunk, self._filled
+        self.n_rows, self._filled = self.n_rows + filled, 0
+        if self._writing is not None and not self._writing.done():
+            self._write(number, filled, chunks)
+            return
+        self._wait()
+        self._writing = self._thread.submit(self._write, number, filled, chunks)
+        self._spare = self._spare or {name: np.empty_like(buffer) for name, buffer in self._buffers.items()}
+        self._buffers, self._spare = self._spare, self._buffers
+
+    def _wait(self) -> None:
+        """Wait for the chunk that is being written; raise what went wrong with it."""
+        if self._writing is not None:
+            self._writing.result()
+
+    def _write(self, number: int, n_rows: int, chunks: Rows) -> None:
+        """Write a chunk of every array as zarr would by the codecs of `_create`, which takes several copies and several threads."""
+        for name, chunk in chunks.items():
+            chunk[n_rows:] = np.nan
+            path = self._path / chunk_key(self._arrays[name], (number, *(0 for _ in chunk.shape[1:])))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stored = numcodecs.Zstd(level=COMPRESSION_LEVEL).encode(chunk)
+            with path.open("xb") as file:
+                file.write(stored)
+                file.write(google_crc32c.value(stored).to_bytes(CHECKSUM_BYTES, "little"))
 
     def _create(self, name: str, shape: tuple[int, ...]) -> zarr.Array[Any]:
         array: zarr.Array[Any] = self._group.create_array(

@@ -51,14 +51,6 @@ class Batch:
         numbers = {name: column[mask] for name, column in self.numbers.items()}
         return Batch(self.table, self.rows[mask], numbers, {name: column.filter(mask) for name, column in self.texts.items()})
 
-    def pieces(self, n_rows: int) -> Iterator[Batch]:
-        """Iterate over the batch, `n_rows` rows at a time; nothing is copied."""
-        for start in range(0, len(self.rows), n_rows):
-            part = slice(start, start + n_rows)
-            numbers = {name: column[part] for name, column in self.numbers.items()}
-            texts = {name: column.slice(start, n_rows) for name, column in self.texts.items()}
-            yield Batch(self.table, self.rows[part], numbers, texts)
-
     def place(self, index: int, column: str) -> str:
         """Say, for an error, where a cell of row `index` of this batch stands: file, line (in Parquet: row, from 1), column."""
         row = int(self.rows[index])

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from streamlr.dataset.tables.ahead import one_ahead
 from streamlr.dataset.tables.extras import load_extra
 from streamlr.errors import BadCell, DataError
 
@@ -73,7 +74,7 @@ class CsvFile:
                         column_types=types, include_columns=list(types), null_values=list(MISSING), strings_can_be_null=True
                     ),
                 ) as reader:
-                    for block in reader:
+                    for block in one_ahead(reader):
                         number_columns = {name: _as_numbers(pa, block.column(name)) for name in numbers}
                         large = {name for name in unchecked if (np.abs(number_columns[name]) >= LARGEST_INTEGER).any()}
                         if large:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from streamlr.dataset.tables.ahead import one_ahead
 from streamlr.dataset.tables.csv_files import LARGEST_INTEGER
 from streamlr.dataset.tables.extras import load_extra
 from streamlr.errors import BadCell, DataError, UnsupportedDtype
@@ -67,7 +68,7 @@ class ParquetFile:
                         f"{self.path}: column {name!r} is of type {found}, but categories are text, integer or boolean; convert it"
                     )
             start = 0
-            for block in file.iter_batches(batch_size=n_rows, columns=names):
+            for block in one_ahead(file.iter_batches(batch_size=n_rows, columns=names)):
                 for name in numbers:
                     self._refuse_large_integers(name, block.column(name), start)
                 number_columns = {name: block.column(name).cast(pa.float64()).to_numpy(zero_copy_only=False) for name in numbers}
