@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import zarr
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import cuts
 
 import streamlr
 from streamlr import Descent
+from streamlr.aggregates.cost import residual_sums
 from streamlr.dataset.ingest import ingest
 from streamlr.demo import FORMULA, flights_path
+from streamlr.descent.loop import Seen
+from streamlr.descent.scaling import Coordinates
 from streamlr.errors import Diverged, NonFiniteValue, NoRows, NumericalError, UsageError
 
 DATA = Path(__file__).parent / "data"
@@ -357,6 +364,36 @@ def test_records_are_those_of_a_plain_loop(weights, size, plain):
     np.testing.assert_allclose(np.r_[model.coef, model.intercept], theta, rtol=1e-9)
     seconds = [record.seconds for record in model.history]
     assert seconds == sorted(seconds)
+
+
+@given(
+    st.integers(0, 1000),
+    st.integers(1, 3),
+    st.booleans(),
+    st.sampled_from([1e-150, 1.0, 1e100]),
+    st.sampled_from([0.0, 1e9]),
+    st.data(),
+)
+def test_what_steps_met_is_the_cost_of_their_residuals(seed, k, weighted, unit, mean, data):
+    """However rows are cut, whatever the targets' unit, and however far they are from the point they are measured from."""
+    rng = np.random.default_rng(seed)
+    n, zero, mean_weight = 300, np.zeros(k), 3.0 if weighted else 1.0
+    coordinates = Coordinates(np.zeros(2), np.ones(2), zero, np.full(k, unit), True, mean_weight, weighted)
+    residuals, targets, w = rng.standard_normal((n, k)), mean + rng.standard_normal((n, k)), rng.uniform(0.1, 2.0, (n, 1))
+    w[:50] *= data.draw(st.sampled_from([0.0, 1.0]))
+    seen = Seen.nothing(k)
+    for first, last in pairwise(data.draw(cuts(n))):
+        seen = seen.of(residuals[first:last], targets[first:last], w[first:last] if weighted else None, 1)
+    weights = w[:, 0] * mean_weight if weighted else None
+    names = tuple("uvw"[:k])
+    expected = residual_sums(residuals * unit, targets * unit, weights, names).cost()
+    found = seen.cost(coordinates, names)
+    assert found.n == expected.n
+    for name in ("mse", "mae", "weight_sum"):
+        np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=1e-12)
+    np.testing.assert_allclose(found.r2, expected.r2, atol=1e-6 if mean else 1e-12)  # far from zero, targets lack digits themselves
+    shares = w if weighted else np.ones((n, 1))
+    np.testing.assert_allclose(seen.squares, [(shares * residuals**2).sum(), (shares * targets**2).sum()], rtol=1e-12)
 
 
 @pytest.mark.parametrize("mode", STOCHASTIC)

@@ -209,6 +209,19 @@ def test_inputs_are_not_changed(table: tuple[Array, Array | None, int], intercep
         np.testing.assert_array_equal(weights, before_weights)
 
 
+@given(tables(), st.booleans(), st.sampled_from([1, 20, 1_000, 3_000, 8_192]))
+def test_a_row_is_prepared_alike_wherever_it_stands(table: tuple[Array, Array | None, int], intercept: bool, n: int):
+    """Many rows are prepared together: by the definition, to the bit."""
+    columns, weights, p = table
+    coordinates = standard_coordinates(columns, weights, p, intercept=intercept)
+    tall, w = np.resize(columns, (n, columns.shape[1])), None if weights is None else np.resize(weights, n)
+    expected = [(tall[:, :p] - coordinates.mean) / coordinates.scale, np.ones((n, int(intercept)))]
+    expected.append((tall[:, p:] - coordinates.target_mean) / coordinates.target_scale)
+    if w is not None:
+        expected.append(w[:, None] / coordinates.mean_weight)
+    np.testing.assert_array_equal(prepared(coordinates, tall, w), np.hstack(expected))
+
+
 # --- the objective ---------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy
 
 import numpy as np
 import pytest
@@ -16,9 +17,11 @@ from streamlr.passes.shuffle import Piece, Position, as_stored, shuffled
 class Epoch:
     """Rows 0, 1, 2, ... in units, read in pieces that a seed decides, and put in order."""
 
-    def __init__(self, sizes: list[int], height: int, capacity: int, cuts: int = 0, seed: tuple[int, ...] = (3,)) -> None:
+    def __init__(
+        self, sizes: list[int], height: int, capacity: int, cuts: int = 0, seed: tuple[int, ...] = (3,), run: int = 1
+    ) -> None:
         self.edges = np.concatenate([[0], np.cumsum(sizes)]).astype(int)
-        self.height, self.capacity, self.cuts, self.seed = height, capacity, cuts, seed
+        self.height, self.capacity, self.cuts, self.seed, self.run = height, capacity, cuts, seed, run
 
     def pieces(self, start: Position) -> Iterator[Piece]:
         rng = np.random.default_rng(self.cuts)
@@ -34,10 +37,15 @@ class Epoch:
 
     def stretches(self, start: Position = Position()) -> list[tuple[list[float], Position]]:  # noqa: B008
         if self.capacity:
-            found = shuffled(self.pieces(start), self.height, 1, start, capacity=self.capacity, seed=self.seed)
+            found = shuffled(self.pieces(start), self.height, 1, start, capacity=self.capacity, seed=self.seed, run=self.run)
         else:
             found = as_stored(self.pieces(start), self.height, 1, start)
         return [(rows[:, 0].tolist(), position) for rows, position in found]
+
+    def cut_otherwise(self, cuts: int) -> Epoch:
+        again = copy(self)
+        again.cuts = cuts
+        return again
 
     def rows(self) -> list[float]:
         return [row for rows, _ in self.stretches() for row in rows]
@@ -46,7 +54,8 @@ class Epoch:
 @st.composite
 def epochs(draw: st.DrawFn) -> Epoch:
     sizes = draw(st.lists(st.integers(0, 14), min_size=1, max_size=8))
-    return Epoch(sizes, draw(st.integers(1, 9)), draw(st.sampled_from([0, 1, 2, 3, 5, 8, 13, 21, 200])), draw(st.integers(0, 99)))
+    capacity, run = draw(st.sampled_from([0, 1, 2, 3, 5, 8, 13, 21, 200])), draw(st.sampled_from([1, 1, 2, 3, 300]))
+    return Epoch(sizes, draw(st.integers(1, 9)), capacity, draw(st.integers(0, 99)), run=run)
 
 
 @given(epochs())
@@ -63,8 +72,7 @@ def test_every_row_once_in_whole_stretches(epoch):
 def test_the_rest_is_the_same_from_any_place(epoch):
     """Also when it is interrupted twice, and when rows come in other pieces the second time."""
     stretches = epoch.stretches()
-    again = Epoch([], epoch.height, epoch.capacity, epoch.cuts + 1)
-    again.edges = epoch.edges
+    again = epoch.cut_otherwise(epoch.cuts + 1)
     for number, (_, position) in enumerate(stretches):
         rest = again.stretches(position)
         assert [rows for rows, _ in rest] == [rows for rows, _ in stretches[number + 1 :]]
@@ -74,15 +82,14 @@ def test_the_rest_is_the_same_from_any_place(epoch):
 
 @given(epochs(), st.integers(100, 200))
 def test_the_order_does_not_depend_on_the_pieces(epoch, cuts):
-    again = Epoch([], epoch.height, epoch.capacity, cuts)
-    again.edges = epoch.edges
+    again = epoch.cut_otherwise(cuts)
     assert again.stretches() == epoch.stretches()
 
 
 @given(epochs(), st.integers(1, 9))
 def test_the_order_does_not_depend_on_the_stretches(epoch, height):
-    again = Epoch([], height, epoch.capacity)
-    again.edges = epoch.edges
+    again = copy(epoch)
+    again.height = height
     assert again.rows() == epoch.rows()
 
 
@@ -120,3 +127,17 @@ def test_sorted_rows_end_up_mixed():
 def test_rounds_are_shuffled_in_different_ways():
     order = np.array(Epoch([1_000] * 10, 100, 1_000).rows()).reshape(10, -1) % 1_000
     assert abs(np.corrcoef(order) - np.eye(10)).max() < 0.15
+
+
+@pytest.mark.parametrize("n", [4_000, 40_000, 41_234])
+def test_runs_stay_together_and_are_mixed_as_rows_are(n):
+    run, c = 4, 4_000
+    order = np.array(Epoch([1_000] * (n // 1_000) + [n % 1_000], 100, c, run=run).rows())
+    whole = n if n % c == 0 else n - n % c - c  # a last round that ends early may end within a run
+    runs = order[:whole].reshape(-1, run)
+    assert (np.diff(runs) == 1).all()
+    assert (runs[:, 0] % run == 0).all()
+    for start in range(0, len(runs), c // run):
+        first = runs[start : start + c // run, 0]
+        assert abs(np.corrcoef(np.arange(len(first)), first)[0, 1]) < 0.12
+        assert abs(np.corrcoef(first[:-1], first[1:])[0, 1]) < 0.12

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 from streamlr.dataset.tables.ahead import one_ahead
 from streamlr.dataset.tables.batches import open_table, read_batches, wordy_columns
-from streamlr.dataset.tables.csv_files import MISSING, is_number
+from streamlr.dataset.tables.csv_files import CACHED_BYTES, MISSING, is_number
 from streamlr.errors import BadCell, DataError, PathNotFound, UnsupportedDtype, UsageError
 
 pa = pytest.importorskip("pyarrow")
@@ -73,6 +73,17 @@ def read(path: Path, numbers: Sequence[str] = (), texts: Sequence[str] = (), **o
 def test_every_packing_gives_the_same_rows(tmp_path: Path, content: str | bytes):
     found = read(write(tmp_path, content, "any name"), ["x", "y"], ["kind"])
     np.testing.assert_equal(found, {"x": [1.0, 2.5, -300.0], "y": [2.0, math.nan, 4.0], "text kind": ["a", "b c", None]})
+
+
+def test_a_row_longer_than_the_usual_block_loses_and_repeats_nothing(tmp_path: Path):
+    length = 3 * CACHED_BYTES
+    texts = [*map(str, range(300_000)), "a" * length, "b", "c" * length, *map(str, range(300_000))]
+    lines = [f"{number},{text}\n" for number, text in enumerate(texts)]
+    assert read(write(tmp_path, "x,kind\n" + "".join(lines)), ["x"], ["kind"]) == {"x": [*range(len(texts))], "text kind": texts}
+    with pytest.raises(BadCell, match=f"line {len(lines) + 2}, column 'x': got 'oops'"):
+        read(write(tmp_path, "x,kind\n" + "".join(lines) + "oops,1\n"), ["x"], ["kind"])
+    with pytest.raises(BadCell, match="rows may have at most 4,194,304 bytes"):
+        read(write(tmp_path, "x,kind\n" + "".join(lines) + "0," + "d" * 3 * length + "\n"), ["x"], ["kind"])
 
 
 def test_integers_may_turn_into_fractions_in_a_later_block(tmp_path: Path):

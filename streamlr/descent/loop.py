@@ -4,24 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import monotonic
 from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from streamlr.aggregates.cost import Cost, Residuals, residual_sums
-from streamlr.aggregates.moments import MomentsOf
+from streamlr.aggregates.cost import Cost, make_cost
+from streamlr.aggregates.moments import Moments
 from streamlr.descent.options import Descent
-from streamlr.descent.scaling import SMALLEST
+from streamlr.descent.scaling import SMALLEST, Coordinates
 from streamlr.descent.steps import Iterate, Walk
 from streamlr.descent.stopping import Record, spent, verdict
 from streamlr.descent.updates import Average, Best
 from streamlr.errors import Diverged
 
 Array = NDArray[np.float64]
-SEEN_ROWS = 8192  # residuals are added up by so many; between two such sums nothing is pending, and the state can be kept
 GROWN = 10.0  # times the cost of the start: by then nobody believes that it comes back
 RUINED = 1e3  # within an epoch
 
@@ -39,21 +38,61 @@ S = TypeVar("S", bound=Stoppable)
 
 
 class Seen(NamedTuple):
-    """What the steps of the running epoch met.
+    """What the steps of the running epoch met, in units of the targets' scale and of the mean weight.
 
     Attributes
     ----------
-    residuals : Residuals
-        In the user's units.
-    squares : (2,) float64
-        Sums of squares of the residuals, and of what they were at the start, in units of the targets' scale.
-    steps : int
-        Steps of this epoch.
+    rows, steps : int
+        Rows and steps of this epoch.
+    weight : float
+        Sum of the weights.
+    centre : (k,) float64
+        Mean of the first targets: squares of distances from it are not lost in those of a mean far from zero.
+    sums : (4, k) float64
+        Weighted sums: of sizes and squares of the residuals, of the targets' distances from the centre and of their squares.
     """
 
-    residuals: Residuals
-    squares: Array
+    rows: int
     steps: int
+    weight: float
+    centre: Array
+    sums: Array
+
+    @classmethod
+    def nothing(cls, n_targets: int) -> Seen:
+        """Return what is met before the first step."""
+        return cls(0, 0, 0.0, np.zeros(n_targets), np.zeros((4, n_targets)))
+
+    def of(self, residuals: Array, targets: Array, weights: Array | None, steps: int) -> Seen:
+        """Return what was met with the residuals and targets (m, k) of some more rows, of weights (m, 1) or None."""
+        centre = self.centre if self.rows else targets.mean(axis=0)
+        w, away = np.ones(len(targets)) if weights is None else weights[:, 0], targets - centre
+        sums = [w @ np.abs(residuals), _squares(residuals, weights), w @ away, _squares(away, weights)]
+        return Seen(self.rows + len(targets), self.steps + steps, self.weight + float(w.sum()), centre, self.sums + sums)
+
+    @property
+    def squares(self) -> tuple[float, float]:
+        """Sums of squares of the residuals, and of what they were at the start."""
+        _, squares, away, spread = self.sums
+        with np.errstate(all="ignore"):
+            return float(squares.sum()), float((spread + self.centre * (2 * away + self.centre * self.weight)).sum())
+
+    def cost(self, coordinates: Coordinates, target_names: tuple[str, ...]) -> Cost:
+        """Return the cost that was met, in the user's units."""
+        sizes, squares, away, spread = self.sums
+        scale, exponent = np.frexp(coordinates.target_scale)
+        with np.errstate(all="ignore"):  # without weight, there is an error for it
+            mean = np.ldexp(coordinates.target_mean, -exponent) + (self.centre + away / self.weight) * scale
+            scatter = np.diag(np.maximum(spread - away * (away / self.weight), 0.0) * scale**2)
+            of_targets = Moments(
+                self.rows, self.rows, self.weight, mean, np.zeros_like(mean), scatter, exponent.astype(np.int32), (), target_names
+            )
+            cost = make_cost(squares * scale**2, sizes * coordinates.target_scale, of_targets)
+        return replace(cost, weight_sum=self.weight * coordinates.mean_weight)
+
+
+def _squares(values: Array, weights: Array | None) -> Array:
+    return np.asarray(np.einsum("ij,ij->j", values, values if weights is None else weights * values))
 
 
 class State(NamedTuple):
@@ -131,7 +170,7 @@ class Loop:
     def start(self) -> State:
         """Return the state before the first step."""
         here = self.walk.start()
-        return State(here, Best(here.b, np.inf), 0, 0, (), self._nothing(), 0.0, 0.0, (), "")
+        return State(here, Best(here.b, np.inf), 0, 0, (), Seen.nothing(len(self.target_names)), 0.0, 0.0, (), "")
 
     def run(self, state: State) -> State:
         """Go down from a state until a rule says why to stop.
@@ -148,28 +187,24 @@ class Loop:
         return state.best.b if self.validate and state.best.cost < np.inf else self._candidate(state.here)
 
     def _through_epoch(self, state: State) -> Generator[State, None, None]:
-        """Yield the states between which nothing is pending, and that can be gone on from; the last is that of the ended epoch."""
+        """Yield the states that can be gone on from, one a stretch; the last is that of the ended epoch."""
         options = self.options
         began = monotonic() - state.seconds
         here, rows, seen = state.here, state.rows, state.seen
         if not state.position and restarts(state.epoch):
             here = here._replace(average=Average(here.b, 0.0))
-        pending: list[tuple[Array, Array]] = []
         for stretch, position in self.epoch(state.epoch, state.position):
             for part, logs in self._parts(stretch, rows):
                 with np.errstate(all="ignore"):  # what leaves the range of float64 is found below
+                    before = here.step
                     here, residuals = self.walk.over(part, here)
-                pending.append((part[:, self.walk.objective.coordinates.n_trained :].copy(), residuals))
+                    _, targets, weights = self.walk.objective.coordinates.parts(part)
+                    seen = seen.of(residuals, targets, weights, here.step - before)
                 rows += len(part)
-                if not logs and sum(len(residuals) for _, residuals in pending) < SEEN_ROWS:
-                    continue
-                seen, pending = self._added(seen, pending), []
                 state = state._replace(here=here, rows=rows, seen=seen, seconds=monotonic() - began)
                 self._check(state, RUINED)
                 if logs:
                     state = self._recorded(state, complete=False)
-            if pending:
-                continue
             state = state._replace(position=tuple(position))
             if stopped := spent(state.epoch, state.seconds, options):
                 if not logs:
@@ -177,9 +212,6 @@ class Loop:
                 yield state._replace(stopped=stopped)
                 return
             yield state
-        if pending:
-            seen = self._added(seen, pending)
-        state = state._replace(here=here, rows=rows, seen=seen, seconds=monotonic() - began)
         self._check(state, GROWN)
         yield self._ended(state)
 
@@ -209,30 +241,9 @@ class Loop:
             here=state.here._replace(gradients=np.zeros_like(state.here.gradients)),
             epoch=state.epoch + 1,
             position=(),
-            seen=self._nothing(),
+            seen=Seen.nothing(len(self.target_names)),
         )
         return state._replace(stopped=verdict(state.history, state.first_norm, self.options, hold))
-
-    def _nothing(self) -> Seen:
-        columns = MomentsOf(self.target_names, self.target_names)
-        return Seen(Residuals(np.zeros(len(self.target_names)), columns.empty()), np.zeros(2), 0)
-
-    def _added(self, seen: Seen, pending: list[tuple[Array, Array]]) -> Seen:
-        """Add up residuals in the user's units, and squares in those of the targets' scale."""
-        coordinates, k = self.walk.objective.coordinates, len(self.target_names)
-        behind = np.concatenate([behind for behind, _ in pending])
-        residuals = np.concatenate([residuals for _, residuals in pending])
-        targets, w = behind[:, :k], behind[:, k] if coordinates.weighted else np.ones(len(behind))
-        with np.errstate(all="ignore"):
-            squares = np.array([(w @ residuals**2).sum(), (w @ targets**2).sum()])
-            if not np.isfinite(squares).all():
-                return seen._replace(squares=seen.squares + squares)
-            scale, mean = coordinates.target_scale, coordinates.target_mean
-            residuals, targets = residuals * scale, targets * scale + mean
-            weights = w * coordinates.mean_weight if coordinates.weighted else None
-        added = residual_sums(residuals, targets, weights, self.target_names)
-        steps = seen.steps + -(-len(targets) // self.walk.objective.batch_rows)
-        return Seen(seen.residuals + added, seen.squares + squares, steps)
 
     def _check(self, state: State, growth: float) -> None:
         """Raise where the descent goes up."""
@@ -244,7 +255,7 @@ class Loop:
         return here.average.b if self.walk.average and here.average.rows else here.b
 
     def _recorded(self, state: State, *, complete: bool) -> State:
-        if not complete and state.seen.residuals.moments.weight_sum == 0:  # of no weight so far: there is no cost to record
+        if not complete and state.seen.weight == 0:  # of no weight so far: there is no cost to record
             return state
         record = self._record(state, complete=complete)
         self.record(record)
@@ -260,7 +271,7 @@ class Loop:
             steps=here.step,
             rows=state.rows,
             learning_rate=float(self.walk.schedule(max(here.step - 1, 0))),
-            cost=state.seen.residuals.cost(),
+            cost=state.seen.cost(coordinates, self.target_names),
             validation=validation,
             gradient_norm=float(np.linalg.norm(here.gradients) / max(state.seen.steps, 1)),
             gap=None,

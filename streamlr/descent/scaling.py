@@ -14,6 +14,7 @@ from streamlr.errors import NumericalError
 Array = NDArray[np.float64]
 Batch = tuple[Array, Array, Array | None]  # design (m, d), targets (m, k) and weights (m, 1), if any, of prepared rows
 SMALLEST = float(np.finfo(np.float64).tiny)
+LONG = 4096  # numbers: where NumPy walks along fewer at a time, it is slow
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,16 +69,19 @@ class Coordinates:
         return self.n_trained + self.n_targets + self.weighted
 
     def prepare(self, x: Array, y: Array, weights: Array | None, out: Array) -> None:
-        """Write rows x (m, p) and y (m, k), with their weights (m,) or None, as [z 1 y' w] into `out` (m, width)."""
+        """Write rows x (m, p) and y (m, k), with their weights (m,) or None, as [z 1 y' w] into `out` (m, width), in C order."""
         p, d, k = self.n_features, self.n_trained, self.n_targets
-        np.subtract(x, self.mean, out=out[:, :p])
-        out[:, :p] /= self.scale
-        if self.intercept:
-            out[:, p] = 1.0
-        np.subtract(y, self.target_mean, out=out[:, d : d + k])
-        out[:, d : d + k] /= self.target_scale
+        out[:, :p], out[:, p:d], out[:, d : d + k] = x, 1.0, y
         if weights is not None:
-            np.divide(weights, self.mean_weight, out=out[:, d + k])
+            out[:, d + k] = weights
+        shift, unit = np.zeros(self.width), np.ones(self.width)
+        shift[:p], shift[d : d + k] = self.mean, self.target_mean
+        unit[:p], unit[d : d + k], unit[d + k :] = self.scale, self.target_scale, self.mean_weight
+        together = max(LONG // self.width, 1)  # rows as one long one
+        whole = len(out) - len(out) % together
+        for rows, times in (out[:whole].reshape(-1, together * self.width), together), (out[whole:], 1):
+            rows -= np.tile(shift, times)
+            rows /= np.tile(unit, times)
 
     def parts(self, rows: Array) -> Batch:
         """Return design (m, d), targets (m, k) and weights (m, 1) or None of prepared rows: views."""

@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
+Order = NDArray[np.int64]
+Places = Order | slice
 
 
 class Piece(NamedTuple):
@@ -87,14 +89,15 @@ def as_stored(pieces: Iterator[Piece], height: int, width: int, start: Position)
 
 
 def shuffled(
-    pieces: Iterator[Piece], height: int, width: int, start: Position, *, capacity: int, seed: tuple[int, ...]
+    pieces: Iterator[Piece], height: int, width: int, start: Position, *, capacity: int, seed: tuple[int, ...], run: int = 1
 ) -> Iterator[Stretch]:
     """Shuffle rows in a buffer while they pass, and cut them into stretches.
 
-    The first `capacity` rows fill the buffer: round 0. In each round after it, slots are visited in an order of their own; a slot
-    hands out its row and takes the next that comes in. A round so hands out the rows of the one before it in random order, and
-    after the last round what is left goes in random order. What the buffer holds at any time are rows of this round and the one
-    before, so that reading from the start of the round before fills it again.
+    The first `capacity` rows fill the buffer: round 0. In each round after it, every slot is visited once: it hands out its row and
+    takes the next that comes in. Odd rounds visit slots in a random order of their own; even ones, which find rows where those have
+    put them, go through memory as it lies. A round so hands out the rows of the one before it in random order, and after the last
+    round what is left goes in random order. What the buffer holds at any time are rows of this round and the one before, so that
+    reading from the start of the round before fills it again.
 
     Parameters
     ----------
@@ -104,6 +107,8 @@ def shuffled(
         Rows of the buffer.
     seed : tuple of int
         Another seed, another order; the epoch belongs in it.
+    run : int
+        So many rows that come in together go out together.
 
     Yields
     ------
@@ -119,7 +124,7 @@ def shuffled(
     ([0.0, 1.0, 2.0, 3.0, 4.0, 5.0], True)
     """
     buffer, out = np.empty((capacity, width)), np.empty((height, width))
-    number, at, slots = start.round, 0, _slots(seed, start.round, capacity)
+    number, at, slots = start.round, 0, _slots(seed, start.round, capacity, run)
     handed = max(number - 1, 0) * capacity  # rows up to `start.rows` are counted again, not handed out again
     here = before = start
     for unit, offset, rows in pieces:
@@ -127,32 +132,52 @@ def shuffled(
         while first < len(rows):
             if at == capacity:
                 number, at = number + 1, 0
-                slots = _slots(seed, number, capacity)
+                slots = _slots(seed, number, capacity, run)
             if at == 0:
                 before, here = here, Position(0, number, unit, offset + first)
             filled = handed % height
             count = min(len(rows) - first, capacity - at, height - filled if number else capacity)
-            places = slots[at : at + count]
+            places: Places = slice(at, at + count) if slots is None else slots[at : at + count]
             if number:
-                np.take(buffer, places, axis=0, out=out[filled : filled + count], mode="clip")  # "raise" would copy once more
+                _take(buffer, places, out[filled : filled + count])
                 handed += count
-            buffer[places] = rows[first : first + count]
+            _put(buffer, places, rows[first : first + count])
             first, at = first + count, at + count
             if number and handed % height == 0 and handed > start.rows:
                 yield out, before._replace(rows=handed)
-    places = _slots(seed, number + 1, capacity if number else at)
-    done = 0
-    while done < len(places):
+    rest, done = _permutation(seed, number + 1, capacity if number else at, run), 0
+    while done < len(rest):
         filled = handed % height
-        count = min(len(places) - done, height - filled)
-        np.take(buffer, places[done : done + count], axis=0, out=out[filled : filled + count], mode="clip")
+        count = min(len(rest) - done, height - filled)
+        _take(buffer, rest[done : done + count], out[filled : filled + count])
         done, handed = done + count, handed + count
-        if (handed % height == 0 or done == len(places)) and handed > start.rows:
+        if (handed % height == 0 or done == len(rest)) and handed > start.rows:
             yield out[: filled + count], before._replace(rows=handed)
 
 
-def _slots(seed: tuple[int, ...], number: int, capacity: int) -> NDArray[np.int64]:
-    """Return the order in which a round visits the slots, from the seed and the round alone."""
-    if number == 0:
-        return np.arange(capacity)
-    return np.random.default_rng((*seed, number)).permutation(capacity)
+def _slots(seed: tuple[int, ...], number: int, capacity: int, run: int) -> Order | None:
+    """Return the order in which a round visits the slots, from the seed and the round alone; None for one after the other."""
+    return _permutation(seed, number, capacity, run) if number % 2 else None
+
+
+def _permutation(seed: tuple[int, ...], number: int, length: int, run: int) -> Order:
+    runs = np.random.default_rng((*seed, number)).permutation(-(-length // run))
+    if run == 1:
+        return runs
+    places: Order = (runs[:, None] * run + np.arange(run)).ravel()
+    return places[places < length]
+
+
+def _take(buffer: Array, places: Places, out: Array) -> None:
+    if isinstance(places, slice):
+        out[:] = buffer[places]
+    else:
+        np.take(buffer, places, axis=0, out=out, mode="clip")  # "raise" would copy once more
+
+
+def _put(buffer: Array, places: Places, rows: Array) -> None:
+    if isinstance(places, slice):
+        buffer[places] = rows
+    else:  # each row as one item: NumPy is slow where it has few numbers to walk along
+        item = np.dtype((np.void, rows.itemsize * rows.shape[1]))
+        np.put(buffer.view(item), places, rows.view(item), mode="clip")

@@ -31,6 +31,7 @@ PIECE_BYTES = 2**20  # what a reader hands over at once; about a core's cache
 PIECES_AHEAD = 8
 STRETCH_BYTES = 2**20
 BUFFER_BYTES = 64 * 2**20
+DRAWS = 256  # from the shuffle buffer for a batch, at least
 BUFFER_UNITS = 4  # a buffer holds at least so many units, so that it mixes rows from as many places
 
 Array = NDArray[np.float64]
@@ -61,6 +62,11 @@ class Order:
     def stretch_rows(self, width: int) -> int:
         """Rows that are handed out together: whole batches, about a cache full."""
         return self.batch_rows * max(STRETCH_BYTES // (8 * width * self.batch_rows), 1)
+
+    @property
+    def run(self) -> int:
+        """Rows that stay neighbours in the buffer, which memory likes: one, but for batches of more than 256."""
+        return max(self.batch_rows // DRAWS, 1)
 
     def capacity(self, dataset: Dataset, width: int) -> int:
         """Rows of the shuffle buffer; 0 without one."""
@@ -164,7 +170,7 @@ def plan_stream(
         The buffer and one reader do not fit; the message has the numbers.
     """
     capacity = order.capacity(dataset, width)
-    buffer = capacity * width * 8
+    buffer = capacity * (width + 2) * 8  # two integers a row for the order of its slots
     try:
         plan = make_plan(
             dataset,
@@ -227,7 +233,8 @@ class RowStream:
         capacity = order.capacity(dataset, self.width)
         with closing(self._pieces(units, start)) as pieces:  # by itself it would live as long as the traceback of an error
             if capacity:
-                yield from shuffled(pieces, height, self.width, start, capacity=capacity, seed=(order.seed, number))
+                seed = (order.seed, number)
+                yield from shuffled(pieces, height, self.width, start, capacity=capacity, seed=seed, run=order.run)
             else:
                 yield from as_stored(pieces, height, self.width, start)
 
@@ -256,8 +263,9 @@ class RowStream:
                 if count < len(piece):
                     least = np.argpartition(np.concatenate([keys, drawn[count:]]), most)[:most]
                     new = np.sort(least[least >= most]) - most + count
-                    places = np.setdiff1d(np.arange(most), least)
-                    kept[places], keys[places] = piece[new], drawn[new]
+                    lost = np.ones(most, dtype=bool)
+                    lost[least[least < most]] = False
+                    kept[lost], keys[lost] = piece[new], drawn[new]
         return kept[:filled]
 
     def _pieces(self, units: Sequence[Span], start: Position, *, whole: bool = True) -> Generator[Piece, None, None]:

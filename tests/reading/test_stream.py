@@ -507,7 +507,7 @@ class TestFaults:
             fit(streamlr.Dataset(x, rows[1]))
 
 
-PLAIN_REFUSAL = r"needs \d.*limit is .* \(as asked\).*107\.0 MB of it are the shuffle buffer of 131,072 rows.*buffer_rows"
+PLAIN_REFUSAL = r"needs \d.*limit is .* \(as asked\).*109\.1 MB of it are the shuffle buffer of 131,072 rows.*buffer_rows"
 RUN = r"""
 import json, re, sys, dask, streamlr
 store, mode, epochs, threads, limit = sys.argv[1:]
