@@ -161,7 +161,8 @@ class Training:
     def _order(self, rows: Dataset) -> tuple[Order, int]:
         options = self.options
         width = rows.n_features + self.fit_intercept + rows.n_targets + (rows.weights is not None)
-        return Order(options.batch_rows(rows.n_rows), options.seed, bool(options.shuffle), options.buffer_rows), width
+        batch_rows = options.batch_rows(rows.n_rows, rows.n_features)
+        return Order(batch_rows, options.seed, bool(options.shuffle), options.buffer_rows), width
 
     def _walk(self, rows: Dataset, readers: int) -> Walk:
         """Look at a sample, and return how to go down."""

@@ -124,7 +124,7 @@ def walk_of(
         )
     enough = n_features <= MOST_WHITENED and len(sample) >= min(kept, 3 * n_features)
     considered = options.scale == "whiten" or (options.scale == "auto" and options.mode != "gd" and enough)
-    objective = Objective(coordinates, options.batch_rows(n_rows), ridge)
+    objective = Objective(coordinates, options.batch_rows(n_rows, n_features), ridge)
     m = objective.batch_rows
     steps = -(-kept // m) * (options.max_epochs or 1)
     always = options.scale == "whiten" or steps < FEW_STEPS

@@ -100,7 +100,7 @@ class Online:
     @property
     def batch_rows(self) -> int:
         """Rows of a batch."""
-        return self.options.batch_rows(self._nominal_rows)
+        return self.options.batch_rows(self._nominal_rows, self.n_features)
 
     @property
     def _nominal_rows(self) -> int:

@@ -15,6 +15,8 @@ from streamlr.errors import UsageError
 MODES = ("gd", "minibatch", "sgd")
 SCALES = ("auto", "standard", "whiten", None)
 BATCH_ROWS = 256
+BATCH_NUMBERS = 2**15  # where columns are few, batches are higher, since a step costs calls besides what it computes,
+BATCHES = 4096  # as long as an epoch has so many
 # what None stands for: in full-batch descent, and in the two stochastic modes
 DEFAULTS: dict[str, tuple[Any, Any]] = {
     "max_epochs": (10_000, 10),
@@ -41,7 +43,8 @@ class Descent:
         Steps of a batch of rows, of one row, or of all rows. "gd" needs one pass for all its steps where p^2 numbers fit the memory
         limit, since moments of the rows tell the gradient; else a pass for each step.
     batch_size : int or None
-        m, for "minibatch"; None for 256, or all rows where there are fewer.
+        m, for "minibatch"; None for 256, or all rows where there are fewer; where columns are few, for the power of two that makes
+        at most 32,768 numbers and leaves 4,096 steps an epoch.
     learning_rate : "auto", float or Schedule
         alpha: a number, a schedule of `streamlr.descent.schedules`, or "auto", from the curvature of a sample, falling, and capped
         at each batch where it would overshoot.
@@ -161,8 +164,8 @@ class Descent:
         """The update rule."""
         return as_update(self.update)
 
-    def batch_rows(self, n_rows: int) -> int:
-        """Return the rows of a batch, for so many rows in all.
+    def batch_rows(self, n_rows: int, n_features: int) -> int:
+        """Return the rows of a batch, for so many rows and features in all.
 
         Raises
         ------
@@ -175,7 +178,10 @@ class Descent:
             raise UsageError(
                 f"batch_size is {self.batch_size:,} and there are {n_rows:,} rows to train on; choose a smaller one, or mode 'gd'"
             )
-        return min(self.batch_size or BATCH_ROWS, n_rows)
+        if self.batch_size is not None:
+            return self.batch_size
+        most = max(min(BATCH_NUMBERS // max(n_features, 1), n_rows // BATCHES), BATCH_ROWS)
+        return min(1 << (most.bit_length() - 1), n_rows)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options as JSON values; equal options, equal values."""
