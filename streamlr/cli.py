@@ -132,7 +132,7 @@ def fit(
     threads: Threads = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
-    batch_size: Annotated[int | None, typer.Option(help="Rows of a batch; by default 256, more if columns are few.", **DESCENT)] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows of a batch: 256, or more if columns are few.", **DESCENT)] = None,
     learning_rate: Annotated[
         str | None,
         typer.Option(
