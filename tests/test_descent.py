@@ -572,3 +572,16 @@ def test_a_penalty_is_measured_in_the_mean_weight_of_all_rows():
     dataset = streamlr.Dataset(x, y, weights)
     model, exact = streamlr.fit(dataset, "minibatch", ridge=1.0), streamlr.fit(dataset, ridge=1.0)
     np.testing.assert_allclose(model.coef, exact.coef, rtol=5e-2)
+
+
+def test_targets_of_no_weight_do_not_show_in_what_the_steps_met():
+    targets = np.random.default_rng(0).standard_normal((1_000, 1))
+    weights = np.ones((1_000, 1))
+    weights[:300] = 0.0
+    masked = targets.copy()
+    masked[:300] = 1e30
+    seen = Seen.nothing(1)
+    for rows in (slice(0, 200), slice(200, 400), slice(400, None)):  # the first of no weight at all
+        seen = seen.of(targets[rows], masked[rows], weights[rows], 1)
+    expected = float((targets[300:] ** 2).sum())
+    assert seen.squares == pytest.approx((expected, expected), rel=1e-12)

@@ -65,10 +65,12 @@ class Seen(NamedTuple):
 
     def of(self, residuals: Array, targets: Array, weights: Array | None, steps: int) -> Seen:
         """Return what was met with the residuals and targets (m, k) of some more rows, of weights (m, 1) or None."""
-        centre = self.centre if self.rows else targets.mean(axis=0)
-        w, away = np.ones(len(targets)) if weights is None else weights[:, 0], targets - centre
+        w = np.ones(len(targets)) if weights is None else weights[:, 0]
+        total = float(w.sum())
+        centre = self.centre if self.weight or not total else (w @ targets) / total  # rows of no weight have no say
+        away = targets - centre
         sums = [w @ np.abs(residuals), _squares(residuals, weights), w @ away, _squares(away, weights)]
-        return Seen(self.rows + len(targets), self.steps + steps, self.weight + float(w.sum()), centre, self.sums + sums)
+        return Seen(self.rows + len(targets), self.steps + steps, self.weight + total, centre, self.sums + sums)
 
     @property
     def squares(self) -> tuple[float, float]:
