@@ -1,29 +1,25 @@
 """Where the time of an exact fit goes: `python scripts/phases.py STORE` prints one JSON object, seconds of all threads by phase.
 
-The library knows nothing of this: its functions are wrapped from outside, and the products of its moments are found in their
-source. Each moment of a thread counts for the innermost phase that it is in, waiting for the disk and for Python's lock included.
-The timers cost some microseconds a call: compare `seconds` with those of an untimed fit, above all where chunks are small.
+The library knows nothing of this: its functions are wrapped from outside. Each moment of a thread counts for the innermost phase
+that it is in, waiting for the disk and for Python's lock included. The timers cost some microseconds a call: compare `seconds` with
+those of an untimed fit, above all where chunks are small.
 """
 
 from __future__ import annotations
 
-import ast
 import functools
 import importlib
-import importlib.util
 import inspect
 import json
-import operator
 import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from ours import opened
 
 PHASES = {
@@ -32,11 +28,11 @@ PHASES = {
     "decode": ("streamlr.dataset.codecs:ChunkCodec.decode", "streamlr.dataset.codecs:ZarrCodec.decode"),
     "check and copy rows": ("streamlr.dataset.checked:DatasetReader.blocks",),
     "centre": ("streamlr.aggregates.moments:MomentsOf.of",),  # all of it but the product
+    "product": ("streamlr.aggregates.moments:_gram",),
     "merge": ("streamlr.aggregates.moments:Moments.__add__",),
     "solve": ("streamlr.api:_solved",),
 }
-PRODUCT, REST = "product", "other, wait"
-PRODUCTS_IN = "streamlr.aggregates.moments"
+REST = "other, wait"
 
 
 class Clock(threading.local):
@@ -101,50 +97,8 @@ def wrap(where: str, phase: str) -> None:
     setattr(owner, name, timed_steps if inspect.isgeneratorfunction(function) else timed)
 
 
-class TimedProducts(ast.NodeTransformer):
-    """Rewrites `a @ b`, `np.matmul(a, b)` and `np.dot(a, b)` as calls of `timed_product`."""
-
-    def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
-        """Rewrite `a @ b`."""
-        self.generic_visit(node)
-        if not isinstance(node.op, ast.MatMult):
-            return node
-        return self._timed(node, ast.Name("plain_product", ast.Load()), [node.left, node.right], [])
-
-    def visit_Call(self, node: ast.Call) -> ast.AST:
-        """Rewrite `np.matmul(a, b)` and `np.dot(a, b)`."""
-        self.generic_visit(node)
-        if not (isinstance(node.func, ast.Attribute) and node.func.attr in ("matmul", "dot")):
-            return node
-        return self._timed(node, node.func, node.args, node.keywords)
-
-    def _timed(self, node: ast.AST, function: ast.expr, operands: list[ast.expr], options: list[ast.keyword]) -> ast.AST:
-        return ast.copy_location(ast.Call(ast.Name("timed_product", ast.Load()), [function, *operands], options), node)
-
-
-def timed_product(function: Callable[..., Any], *operands: Any, **options: Any) -> Any:
-    """Multiply; of two matrices, as a phase of its own."""
-    if any(np.ndim(operand) < 2 for operand in operands):
-        return function(*operands, **options)
-    with CLOCK.phase(PRODUCT):
-        return function(*operands, **options)
-
-
-def import_with_timed_products(name: str) -> None:
-    """Import a module of which each product is timed, before anybody else imports it."""
-    spec = importlib.util.find_spec(name)
-    if spec is None or spec.origin is None:
-        raise SystemExit(f"the module {name} is gone; say in PRODUCTS_IN of {Path(__file__).name} where rows are multiplied now")
-    module = importlib.util.module_from_spec(spec)
-    vars(module).update(timed_product=timed_product, plain_product=operator.matmul)
-    sys.modules[name] = module
-    tree = TimedProducts().visit(ast.parse(Path(spec.origin).read_text(), spec.origin))
-    exec(compile(ast.fix_missing_locations(tree), spec.origin, "exec"), vars(module))
-
-
 def main(path: str) -> None:
     """Fit once, timed, and print the seconds of the fit, its threads, and their seconds by phase."""
-    import_with_timed_products(PRODUCTS_IN)
     for phase, places in PHASES.items():
         for where in places:
             wrap(where, phase)
@@ -158,12 +112,9 @@ def main(path: str) -> None:
     began = time.perf_counter()
     streamlr.fit(dataset)
     elapsed = time.perf_counter() - began
-    order = [name for phase in PHASES for name in ((phase, PRODUCT) if phase == "centre" else (phase,))]
-    spent = {phase: sum(seconds.get(phase, 0.0) for seconds in CLOCK.everyone) for phase in order}
-    if not (spent[PRODUCT] and spent["centre"] and spent["read"]):
-        raise SystemExit(
-            f"a fit of {path} met no product, statistic or reading that is timed; bring PHASES and PRODUCTS_IN up to date"
-        )
+    spent = {phase: sum(seconds.get(phase, 0.0) for seconds in CLOCK.everyone) for phase in PHASES}
+    if not (spent["product"] and spent["centre"] and spent["read"]):
+        raise SystemExit(f"a fit of {path} met no product, statistic or reading that is timed; bring PHASES up to date")
     spent[REST] = threads * elapsed - sum(spent.values())
     print(json.dumps({"seconds": elapsed, "threads": threads, "phases": spent}))
 

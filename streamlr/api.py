@@ -178,7 +178,7 @@ def solve(moments: Moments, solver: Solver = "auto", *, fit_intercept: bool = Tr
     chosen = solver_named(solver)
     if isinstance(chosen, Descent):
         raise UsageError("solve() is for direct solvers, which need nothing but moments; descend with fit(dataset, solver)")
-    if chosen.precision > moments.precision:
+    if (chosen.precision, moments.precision) == ("single", "double"):
         raise UsageError("precision is 'single', and the moments are there in double: give it to `accumulate`, or to `fit`")
     return _solved(moments, chosen, bool(fit_intercept), check_penalty(ridge))
 

@@ -26,6 +26,8 @@ from strategies import (
 
 from streamlr.aggregates import moments
 from streamlr.aggregates.moments import CONSTANT, Moments, MomentsOf
+from streamlr.dataset.blocks import Block
+from streamlr.dataset.buffers import Buffer
 from streamlr.dataset.dataset import default_names
 from streamlr.errors import NumericalError, UsageError
 
@@ -263,3 +265,20 @@ def test_bytes_of_a_value_are_those_promised():
     m = moments_of(np.random.default_rng(0).standard_normal((9, 7)), n_targets=2)
     held = sum(getattr(m, f.name).nbytes for f in fields(m) if isinstance(getattr(m, f.name), np.ndarray))
     assert held <= MomentsOf(default_names("x", 5), default_names("y", 2)).nbytes
+
+
+@pytest.mark.parametrize(("p", "k"), [(1, 1), (7, 2), (40, 3)])
+@pytest.mark.parametrize("rows", [1, 255, 4096])
+def test_bits_do_not_depend_on_where_in_memory_rows_and_workspace_lie(rows, p, k):
+    rng = np.random.default_rng(rows)
+    x, y, w = rng.normal(size=(rows, p)), rng.normal(size=(rows, k)), rng.random(rows)
+    statistic, room = MomentsOf(default_names("x", p), default_names("y", k)), Buffer()
+    for weights in (None, w):
+        expected = statistic.of(Block.of(0, rows, x, y, weights))
+        for shift in range(1, 9):
+            moved = []
+            for array in (x, y):
+                memory = np.empty(array.size + 8)[shift : shift + array.size].reshape(array.shape)
+                memory[:] = array
+                moved.append(memory)
+            assert same_bits(statistic.of(Block.of(0, rows, *moved, weights, room)), expected)

@@ -6,7 +6,9 @@ import csv
 import datetime
 import decimal
 import errno
+import gc
 import gzip
+import inspect
 import io
 import math
 import subprocess
@@ -29,6 +31,7 @@ from streamlr.dataset.tables.csv_files import CACHED_BYTES, MISSING, is_number
 from streamlr.errors import BadCell, DataError, PathNotFound, UnsupportedDtype, UsageError
 
 pa = pytest.importorskip("pyarrow")
+pa_csv = pytest.importorskip("pyarrow.csv")
 pq = pytest.importorskip("pyarrow.parquet")
 
 TEXT = "x,kind,y\n1,a,2\n2.5,b c,NA\n-3e2,,4\n"
@@ -303,12 +306,14 @@ def test_reading_ahead_keeps_the_order_and_makes_at_most_one_item_too_many():
             made.append(number)
             yield number
 
-    for number in one_ahead(items()):
+    source = items()
+    ahead = one_ahead(source)
+    for number in range(4):
+        assert next(ahead) == number
         time.sleep(0.01)  # for whoever would go on
         assert made in (list(range(number + 1)), list(range(number + 2)))
-        if number == 3:
-            break
-    assert made[:4] == [0, 1, 2, 3]
+    ahead.close()
+    assert inspect.getgeneratorstate(source) == inspect.GEN_CLOSED
 
 
 def test_an_error_while_reading_ahead_comes_after_the_items_before_it():
@@ -330,3 +335,21 @@ def test_no_thread_stays_when_reading_ends_early(tmp_path: Path):
     assert any(thread.name.startswith("streamlr-read-ahead") for thread in set(threading.enumerate()) - before)
     batches.close()
     assert not any(thread.name.startswith("streamlr-read-ahead") for thread in set(threading.enumerate()) - before)
+
+
+@pytest.mark.parametrize(
+    ("end", "error"),
+    [
+        pytest.param("3,oops\n", BadCell, id="wrong cell"),
+        pytest.param('3,"4\n', BadCell, id="open quote"),
+        pytest.param("", KeyboardInterrupt, id="interrupt"),
+    ],
+)
+def test_no_reader_of_arrow_outlives_the_reading_not_even_in_a_traceback(tmp_path: Path, end: str, error: type[BaseException]):
+    table = open_table(write(tmp_path, "x,y\n" + "1,2\n" * 9000 + end))
+    batches = read_batches(table, numbers=["x", "y"], block_bytes=4096)
+    next(batches)
+    with pytest.raises(error) as kept:
+        batches.throw(KeyboardInterrupt) if error is KeyboardInterrupt else list(batches)
+    assert kept.traceback
+    assert not [thing for thing in gc.get_objects() if isinstance(thing, pa_csv.CSVStreamingReader)]

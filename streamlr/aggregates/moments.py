@@ -10,13 +10,12 @@ from numpy.typing import NDArray
 from streamlr.dataset.blocks import Block
 from streamlr.errors import NumericalError, UsageError
 
-# A column keeps its own unit while its squares stay well inside the range of float64, so that sums of them do too.
-SMALL, LARGE = 1e-150, 1e150
-CONSTANT = 32 * float(np.finfo(np.float64).eps)  # a column varies by more than this beside its mean, or by rounding
 # In single precision, the products of a tile are made of float32 numbers: twice as fast. Sums of tiles are float64 always.
-PRECISIONS = {"double": (SMALL, LARGE), "single": (1e-25, 1e25)}
+# A column keeps its own unit while its squares stay well inside the range of those numbers, so that sums of them do too.
+SQUARES = {"double": (1e-150, 1e150), "single": (1e-25, 1e25)}
 EPS = {"double": float(np.finfo(np.float64).eps), "single": float(np.finfo(np.float32).eps)}
-NEGLIGIBLE = float(np.finfo(np.float64).eps) / 8  # of a sum of squares: far below what its own rounding amounts to
+CONSTANT = 32 * EPS["double"]  # a column varies by more than this beside its mean, or by rounding
+NEGLIGIBLE = EPS["double"] / 8  # of a sum of squares: far below what its own rounding amounts to
 ROUNDINGS = 8  # eps, of a difference of sums, beside the sum of their sizes
 PIECE_BYTES = 2**19  # of rows that are centred at once: what a core's second-level cache holds twice
 OUTER_ROWS = 64  # of an outer product that are made at once
@@ -114,7 +113,7 @@ class Moments:
                 f"and {other.feature_names + other.target_names}"
             )
         n_dropped = self.n_dropped + other.n_dropped
-        precision = max(self.precision, other.precision)  # "single" as soon as one of them is
+        precision = "single" if "single" in (self.precision, other.precision) else "double"
         if self.n == 0 or other.n == 0:
             return replace((other if self.n == 0 else self).copy(), n_dropped=n_dropped, precision=precision)
         # the mean starts from the heavier side, so that rows of little or no weight hardly move it
@@ -209,7 +208,7 @@ class MomentsOf:
         if n_weighted == 0:
             return replace(self.empty(), n=n)
         exponent = np.zeros(self.width, dtype=np.int32)
-        small, large = PRECISIONS[self.precision]
+        small, large = SQUARES[self.precision]
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
             total = float(n) if weights is None else float(weights.sum())
             mean, rest, scatter = _centred_product(block, total, self.precision)
@@ -246,7 +245,8 @@ def _centred_product(
     root = None if weights is None else np.sqrt(weights / heaviest)[:, None]
     scatter, left = (_narrow if len(mean) <= NARROW else _wide)(block, mean, w, root, precision)
     left /= total
-    scatter *= heaviest
+    if heaviest != 1:
+        scatter *= heaviest
     if (left * left * total > NEGLIGIBLE * np.diagonal(scatter)).any():
         scatter -= (left * total)[:, None] * left
         np.fill_diagonal(scatter, np.maximum(np.diagonal(scatter), 0.0))  # of a constant, rounding may leave less than nothing

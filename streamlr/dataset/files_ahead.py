@@ -41,19 +41,20 @@ class Files:
             with open(self._folder + key, "rb", buffering=0) as file:
                 return _read(file, request, buffer)
         file, self._next = self._next[1], None
-        with file:
-            stored = _read(file, request, buffer)
-        self._open_next()
-        return stored
+        try:
+            with file:
+                return _read(file, request, buffer)
+        finally:
+            self._open_next()
 
     def _open_next(self) -> None:
         """Open the next file and have the kernel fetch it: small files are no faster read than the disk answers for each."""
-        key = next(self._coming, None)
-        if key is not None:
+        for key in self._coming:
             with suppress(OSError):  # raised when the file is wanted
-                file = open(self._folder + key, "rb", buffering=0)  # noqa: SIM115 - `read` or `expect` closes it
-                self._next = key, file
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+                self._next = key, open(self._folder + key, "rb", buffering=0)  # noqa: SIM115 - `read` or `expect` closes it
+                os.posix_fadvise(self._next[1].fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+            if self._next is not None:
+                return
 
 
 def _read(file: FileIO, request: ByteRequest | None, buffer: Buffer) -> memoryview:

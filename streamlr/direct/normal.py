@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from streamlr.aggregates.moments import Moments
+from streamlr.aggregates.moments import EPS, Moments
 from streamlr.direct.routes import Direct, Solution
 from streamlr.errors import NoRows, NumericalError, RankDeficient, UsageError
 
 Matrix = NDArray[np.float64]
-EPS = float(np.finfo(np.float64).eps)
-SINGLE_ROUNDING = 64 * float(np.finfo(np.float32).eps)  # their products are off by 4 eps of the largest eigenvalue
+# of the largest eigenvalue of a matrix of products; as measured, those of float32 numbers are off by 4 eps
+ROUNDING = {"double": EPS["double"], "single": 64 * EPS["single"]}
 CANCELLED = 1e-10  # in a null vector, at least what eigenvectors leave of a column that is no part of the dependence
 
 
@@ -98,8 +98,8 @@ def solve_normal(moments: Moments, direct: Direct, *, fit_intercept: bool, ridge
     equilibrated = equations.equilibrated()
     varies = equations.varies
     eigenvalues = np.linalg.eigvalsh(equilibrated.matrix)
-    rounding = 8 * EPS * len(eigenvalues) if moments.precision == "double" else SINGLE_ROUNDING
-    cutoff = rounding * eigenvalues.max(initial=0.0)
+    rounding = ROUNDING[moments.precision]
+    cutoff = max(rounding, 8 * EPS["double"] * len(eigenvalues)) * eigenvalues.max(initial=0.0)
     short = int((eigenvalues <= cutoff).sum())
     rank = len(eigenvalues) - short
     aliased: dict[str, Mapping[str, float]] = {}
@@ -136,7 +136,7 @@ def solve_normal(moments: Moments, direct: Direct, *, fit_intercept: bool, ridge
     if not (np.isfinite(coef).all() and np.isfinite(intercept).all()):
         raise NumericalError("a coefficient is beyond the range of float64; measure that column, or the target, in a larger unit")
     condition = float(np.sqrt(eigenvalues[-1] / eigenvalues[short])) if rank else 1.0
-    digits = max(-log10(EPS if moments.precision == "double" else SINGLE_ROUNDING) - 2 * log10(condition), 0.0)
+    digits = max(-log10(rounding) - 2 * log10(condition), 0.0)
     if ridge > 0:
         rank += int((~varies).sum())
     return Solution(coef, intercept, rank, condition, digits, route, aliased, inverse_root, mean_leverage)
@@ -223,7 +223,7 @@ def _by_eigenvectors(
     later = _independent_rows_from_below(null)
     null = np.linalg.solve(null[later].T, null.T).T
     gap = eigenvalues[kept][0] / eigenvalues[-1]
-    null[np.abs(null) < min(max(CANCELLED, 64 * EPS / gap), 1e-3)] = 0.0  # eigenvectors are off by eps / gap
+    null[np.abs(null) < min(max(CANCELLED, 64 * EPS["double"] / gap), 1e-3)] = 0.0  # eigenvectors are off by eps / gap
     combinations = {}
     for column, j in enumerate(later):
         combinations[j] = -null[:, column]

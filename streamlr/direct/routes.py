@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from streamlr.aggregates.moments import PRECISIONS
 from streamlr.errors import UsageError
 
 ROUTES = ("auto", "normal")
 RANKS = ("min_norm", "drop", "error")
+PRECISIONS = ("double", "single")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Direct:
     precision: str = "double"
 
     def __post_init__(self) -> None:
-        options = ("route", self.route, ROUTES), ("rank", self.rank, RANKS), ("precision", self.precision, tuple(PRECISIONS))
+        options = ("route", self.route, ROUTES), ("rank", self.rank, RANKS), ("precision", self.precision, PRECISIONS)
         for name, value, allowed in options:
             if value not in allowed:
                 raise UsageError(f"{name} is {value!r}; allowed are {', '.join(map(repr, allowed))}")

@@ -357,3 +357,10 @@ class TestFiles:
         found, ended = read(streamlr.open_dataset(path), Span(0, N))
         assert len(found) == 1
         assert ended.startswith("ChunkMissing: chunk 20.0 of array 'X' (rows 6,000 to 6,299)")
+
+    def test_files_behind_one_that_may_be_absent_are_still_told_of(self, path, advised):
+        for chunk in (3, 4, 20):
+            (path / f"X/c/{chunk}/0").unlink()
+        assert read(streamlr.open_dataset(path, allow_missing_chunks=True), Span(0, N))[1] == ""
+        there = [i for i in range(N // CHUNK) if i not in (3, 4, 20)]
+        assert sorted(name for name in advised if "/X/" in name) == sorted(str(path / f"X/c/{i}/0") for i in there)

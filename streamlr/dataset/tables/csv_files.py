@@ -8,7 +8,7 @@ import io
 import re
 import zipfile
 import zlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from decimal import Decimal
@@ -66,7 +66,7 @@ class CsvFile:
         narrow = max(CACHED_BYTES, CELLS_AT_ONCE * len(self.columns))
         for size in sorted({min(narrow, block_bytes), block_bytes}):
             try:
-                for block in self._rows_after(n_read, numbers, texts, size):
+                for block in one_ahead(self._rows_after(n_read, numbers, texts, size)):
                     number_columns = {name: _as_numbers(pa, block.column(name)) for name in numbers}
                     large = {name for name in unchecked if (np.abs(number_columns[name]) >= LARGEST_INTEGER).any()}
                     if large:
@@ -75,6 +75,9 @@ class CsvFile:
                     yield number_columns, {name: block.column(name) for name in texts}
                     n_read += len(block)
                 return
+            except _OddQuotes:
+                _raise_first_bad_cell(self, numbers, texts)
+                return
             except pa.ArrowInvalid as error:  # perhaps a row that is longer than a small block: again with a large one
                 if size == block_bytes:
                     _raise_first_bad_cell(self, numbers, texts)
@@ -82,7 +85,9 @@ class CsvFile:
                         f"{self.path} cannot be read as CSV: {error}; rows may have at most {block_bytes:,} bytes"
                     ) from error
 
-    def _rows_after(self, n_rows: int, numbers: Sequence[str], texts: Sequence[str], block_bytes: int) -> Iterator[Any]:
+    def _rows_after(
+        self, n_rows: int, numbers: Sequence[str], texts: Sequence[str], block_bytes: int
+    ) -> Generator[Any, None, None]:
         """Iterate over the record batches of Arrow, passing over the first `n_rows` rows."""
         pa, arrow_csv = load_extra("pyarrow"), load_extra("pyarrow.csv")
         types = {name: pa.float64() for name in numbers} | {name: pa.string() for name in texts}
@@ -97,13 +102,18 @@ class CsvFile:
                     column_types=types, include_columns=list(types), null_values=list(MISSING), strings_can_be_null=True
                 ),
             ) as reader:
-                for block in one_ahead(reader):
-                    passed = min(n_rows, len(block))
-                    n_rows -= passed
-                    if passed < len(block):
-                        yield block.slice(passed)
-            if watched.quotes % 2:
-                _raise_first_bad_cell(self, numbers, texts)
+                try:
+                    for block in reader:
+                        passed = min(n_rows, len(block))
+                        n_rows -= passed
+                        if passed < len(block):
+                            yield block.slice(passed)
+                finally:
+                    # Arrow reads the file ahead in a thread, for which a reader waits when it goes. A traceback would keep it until
+                    # the interpreter ends, which ends that thread in the middle of its work, and the wait would last for ever
+                    del reader
+        if watched.quotes % 2:
+            raise _OddQuotes
 
     def records(self) -> Iterator[tuple[int, list[str]]]:
         """Iterate over the rows by the standard library, slowly: the line on which each starts, and its cells."""
@@ -158,6 +168,10 @@ def is_number(cell: str) -> bool:
     """
     cell = cell.strip(" \t")
     return bool(NUMERAL.fullmatch(cell) or _NOT_FINITE.fullmatch(cell))
+
+
+class _OddQuotes(Exception):
+    """All was read, but one quote has no other: it may have swallowed rows."""
 
 
 class _CountsQuotes(io.RawIOBase):
