@@ -74,9 +74,7 @@ def cuts(draw: st.DrawFn, n: int) -> list[int]:
 def block_of(columns: Array, weights: Array | None = None, start: int = 0, n_targets: int = 1) -> Block:
     """A block of all these rows."""
     p = columns.shape[1] - n_targets
-    return Block.of(
-        start, start + len(columns), np.ascontiguousarray(columns[:, :p]), np.ascontiguousarray(columns[:, p:]), weights
-    )
+    return Block(start, start + len(columns), np.ascontiguousarray(columns[:, :p]), np.ascontiguousarray(columns[:, p:]), weights)
 
 
 def moments_of(columns: Array, weights: Array | None = None, n_targets: int = 1) -> Moments:

@@ -34,12 +34,11 @@ from streamlr.errors import NumericalError, UsageError
 SCALES = [1e150, 1e-150, 1e200, 1e-200]
 
 
-@pytest.fixture(autouse=True, scope="module", params=["few columns", "many columns"])
-def width(request):
-    """Every law with features and targets multiplied apart, as few columns are, and side by side, a few rows at a time."""
+@pytest.fixture(autouse=True, scope="module", params=["whole", "in pieces"])
+def pieces(request):
+    """Every law with few rows as one piece, and with a few of them at a time."""
     with pytest.MonkeyPatch.context() as patch:
-        if request.param == "many columns":
-            patch.setattr(moments, "NARROW", 0)
+        if request.param == "in pieces":
             patch.setattr(moments, "PIECE_BYTES", 200)
             patch.setattr(moments, "OUTER_ROWS", 2)
         yield
@@ -274,11 +273,11 @@ def test_bits_do_not_depend_on_where_in_memory_rows_and_workspace_lie(rows, p, k
     x, y, w = rng.normal(size=(rows, p)), rng.normal(size=(rows, k)), rng.random(rows)
     statistic, room = MomentsOf(default_names("x", p), default_names("y", k)), Buffer()
     for weights in (None, w):
-        expected = statistic.of(Block.of(0, rows, x, y, weights))
+        expected = statistic.of(Block(0, rows, x, y, weights))
         for shift in range(1, 9):
             moved = []
             for array in (x, y):
                 memory = np.empty(array.size + 8)[shift : shift + array.size].reshape(array.shape)
                 memory[:] = array
                 moved.append(memory)
-            assert same_bits(statistic.of(Block.of(0, rows, *moved, weights, room)), expected)
+            assert same_bits(statistic.of(Block(0, rows, *moved, weights, room)), expected)

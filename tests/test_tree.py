@@ -34,7 +34,7 @@ class Rows:
         keep = self.kept[start:stop]
         weights = None if self.weights is None else self.weights[start:stop][keep]
         x, y = (part[start:stop][keep] for part in (self.columns[:, :2].copy(), self.columns[:, 2:].copy()))
-        return Block.of(start, stop, x, y, weights)
+        return Block(start, stop, x, y, weights)
 
     def partial(self, start: int, stop: int, statistic: Statistic[Moments]) -> Partial[Moments]:
         """What a span leaves."""
@@ -154,6 +154,6 @@ def test_open_nodes_are_as_few_as_planned(n_tiles: int, data: st.DataObject):
 
     partial = Partial(tree, Counting())
     for row in range(first, last):
-        partial.take(Block.of(row, row + 1, np.empty((1, 1)), np.empty((1, 0))))
+        partial.take(Block(row, row + 1, np.empty((1, 1)), np.empty((1, 0))))
     assert len(partial.nodes) <= open_nodes(last - first)
     assert sum(partial.nodes.values()) == last - first

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from streamlr.aggregates.moments import CONSTANT, Moments, MomentsOf
 from streamlr.dataset.blocks import Block
+from streamlr.dataset.buffers import Buffer
 from streamlr.errors import NoRows
 
 Number = float | NDArray[np.float64]
@@ -136,7 +137,7 @@ class ResidualsOf:
         # a product is free to round rows by their neighbours, but a tile's rows always have the same: `predictions` is slower
         residuals = block.y - self.intercept
         residuals -= block.x @ self.coef
-        return residual_sums(residuals, block.y, block.weights, self.target_names)
+        return residual_sums(residuals, block.y, block.weights, self.target_names, block.room)
 
     @property
     def _columns(self) -> MomentsOf:
@@ -144,13 +145,17 @@ class ResidualsOf:
 
 
 def residual_sums(
-    residuals: NDArray[np.float64], y: NDArray[np.float64], weights: NDArray[np.float64] | None, target_names: tuple[str, ...]
+    residuals: NDArray[np.float64],
+    y: NDArray[np.float64],
+    weights: NDArray[np.float64] | None,
+    target_names: tuple[str, ...],
+    room: Buffer | None = None,
 ) -> Residuals:
-    """Return the sums over rows with residuals and targets y, both (m, k), and weights (m,) or None."""
+    """Return the sums over rows with residuals and targets y, both (m, k), and weights (m,) or None; `room` is to work in."""
     w = np.ones(len(y)) if weights is None else weights
     with np.errstate(over="ignore"):
         magnitudes = w @ np.abs(residuals)
-    return Residuals(magnitudes, MomentsOf(target_names, target_names).of(Block.of(0, len(y), residuals, y, weights)))
+    return Residuals(magnitudes, MomentsOf(target_names, target_names).of(Block(0, len(y), residuals, y, weights, room)))
 
 
 def predictions(x: NDArray[np.float64], coef: NDArray[np.float64], intercept: NDArray[np.float64]) -> NDArray[np.float64]:

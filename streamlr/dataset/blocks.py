@@ -32,8 +32,6 @@ class Block:
         not to be written to.
     weights : (m,) float64 or None
         Weights of the kept rows.
-    sums : (p + k,) float64
-        Sums of the columns, by which the reader saw that every value is finite.
     room : Buffer or None
         Memory to work in that its owner uses again for the next block.
     """
@@ -42,44 +40,24 @@ class Block:
     stop: int
     x: NDArray[np.float64]
     y: NDArray[np.float64]
-    weights: NDArray[np.float64] | None
-    sums: NDArray[np.float64]
+    weights: NDArray[np.float64] | None = None
     room: Buffer | None = None
 
-    @classmethod
-    def of(
-        cls,
-        start: int,
-        stop: int,
-        x: NDArray[np.float64],
-        y: NDArray[np.float64],
-        weights: NDArray[np.float64] | None = None,
-        room: Buffer | None = None,
-    ) -> Block:
-        """Return a block of these rows."""
-        with np.errstate(all="ignore"):
-            ones = np.ones(len(x))
-            sums = np.concatenate([ones @ x, ones @ y])
-        return cls(start, stop, x, y, weights, sums, room)
-
-    def workspace(self, width: int) -> NDArray[np.float64]:
-        """Return memory for `width` numbers a row, with anything in it; what was taken before is overwritten."""
-        shape = len(self.x), width
-        if self.room is None:
-            return np.empty(shape)
-        return self.room.take(8 * shape[0] * shape[1]).view(np.float64).reshape(shape)
+    def workspace(self, count: int) -> NDArray[np.float64]:
+        """Return memory for `count` numbers, with anything in it; what was taken before is overwritten."""
+        return np.empty(count) if self.room is None else self.room.take(8 * count).view(np.float64)
 
     def copy(self) -> Block:
         """Return a block that owns its rows."""
         weights = None if self.weights is None else self.weights.copy()
-        return Block(self.start, self.stop, self.x.copy(), self.y.copy(), weights, self.sums)
+        return Block(self.start, self.stop, self.x.copy(), self.y.copy(), weights)
 
     def followed_by(self, later: Block) -> Block:
         """Return this block and the one that starts where it stops, as one."""
         weights = None
         if self.weights is not None and later.weights is not None:
             weights = np.concatenate([self.weights, later.weights])
-        return Block.of(self.start, later.stop, np.concatenate([self.x, later.x]), np.concatenate([self.y, later.y]), weights)
+        return Block(self.start, later.stop, np.concatenate([self.x, later.x]), np.concatenate([self.y, later.y]), weights)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +68,7 @@ class Span:
     stop: int
 
 
-def tile_rows(n_columns: int, left_bytes: int | None = None) -> int:
+def tile_rows(n_columns: int, left_bytes: int | None = None, cache_bytes: int = TILE_BYTES) -> int:
     """Return how many rows a tile has: a power of two, about a cache full, and more where a tile leaves many numbers to add up.
 
     It depends on the number of columns alone, so that the arithmetic does not know how the rows are stored.
@@ -102,6 +80,8 @@ def tile_rows(n_columns: int, left_bytes: int | None = None) -> int:
     left_bytes : int, optional
         What the statistic leaves of a tile. A tile has four times as many bytes, or at least four rows for each column, whichever
         is less; by default the latter, as for moments.
+    cache_bytes : int, optional
+        What a cache holds.
 
     Examples
     --------
@@ -109,7 +89,7 @@ def tile_rows(n_columns: int, left_bytes: int | None = None) -> int:
     (2048, 32768, 4096, 256)
     """
     columns = max(n_columns, 1)
-    cached = max(TILE_BYTES // (8 * columns), 1)
+    cached = max(cache_bytes // (8 * columns), 1)
     least = 4 * columns if left_bytes is None else 4 * min(columns, -(-left_bytes // (8 * columns)))
     return max(1 << (cached.bit_length() - 1), 1 << (max(least, 1) - 1).bit_length())
 

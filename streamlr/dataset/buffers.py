@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}  # not on Windows
 HUGE_BYTES = 4 * 2**20  # from here on large pages are asked for, as NumPy does: fewer faults, fewer misses of the page tables
+HEADROOM = 32  # one part in so many: stored chunks differ a little, and a mapping that is too small goes as a whole
 
 
 class Buffer:
@@ -31,7 +32,7 @@ class Buffer:
         """Return `nbytes` of memory with anything in it; what was taken before is overwritten."""
         if nbytes > len(self._bytes):
             self._bytes = np.empty(0, dtype=np.uint8)  # the old mapping goes before the new one comes
-            mapped = mmap.mmap(-1, nbytes, **PRIVATE)
+            mapped = mmap.mmap(-1, nbytes + nbytes // HEADROOM, **PRIVATE)
             if nbytes >= HUGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
                 with suppress(OSError):  # a kernel without them
                     mapped.madvise(mmap.MADV_HUGEPAGE)

@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+from streamlr.dataset.checked import DatasetReader
 from streamlr.dataset.tally import Tally
 from streamlr.errors import Cancelled
 
@@ -54,6 +55,7 @@ class RunningPass:
 
     def __init__(self, task: str, rows_total: int, row_bytes: int, callback: Callback | None) -> None:
         self.cancelled = False
+        self.readers: list[DatasetReader] = []  # whose memory waits for the next task
         self._task, self._rows_total, self._row_bytes, self._callback = task, rows_total, row_bytes, callback
         self._rows = 0
         self._began = time.monotonic()
@@ -130,6 +132,7 @@ class Share:
 
     def __init__(self, state: RunningPass | None) -> None:
         self.tally = Tally()
+        self.readers: list[DatasetReader] = [] if state is None else state.readers
         self._state = state
 
     def note(self, tally: Tally) -> None:

@@ -14,7 +14,7 @@ from streamlr.dataset.tally import Tally
 from streamlr.passes.memory import one_blas_thread
 from streamlr.passes.planning import FAN_IN, plan_pass
 from streamlr.passes.progress import Callback, running_pass, share_of_pass
-from streamlr.passes.tasks import begin, compute, end, errors_of_graphs, span_tasks, with_blocks
+from streamlr.passes.tasks import begin, blocks_of, compute, end, errors_of_graphs, span_tasks
 
 S = TypeVar("S", bound=Summary)
 
@@ -85,7 +85,7 @@ def read_span(dataset: Dataset, span: Span, tree: Tree, statistic: Statistic[S],
     """Task: reduce the rows of one span."""
     partial = Partial(tree, statistic)
     with share_of_pass(key) as share, one_blas_thread():  # given back before the pass hears that the task is done
-        for block in with_blocks(dataset, span, lazy).blocks(span, share.note, tree.tile_rows):
+        for block in blocks_of(dataset, span, share, tree.tile_rows, lazy):
             partial.take(block)
     return partial, share.tally
 

@@ -11,7 +11,7 @@ from dask.base import compute as dask_compute
 from dask.delayed import Delayed, delayed
 from dask.threaded import get as threaded_get
 
-from streamlr.dataset.blocks import Span
+from streamlr.dataset.blocks import Block, Span
 from streamlr.dataset.dask_rows import DaskRows
 from streamlr.dataset.dataset import Dataset
 from streamlr.dataset.rows import MemoryRows, plain_array
@@ -20,6 +20,7 @@ from streamlr.dataset.zarr_rows import ZarrRows
 from streamlr.errors import DataError, RowCountMismatch, StoreChanged, StreamlrError
 from streamlr.passes.memory import one_blas_thread
 from streamlr.passes.planning import has_pool, is_threaded
+from streamlr.passes.progress import Share
 
 
 def span_tasks(dataset: Dataset, cut: Sequence[Span], name: str, function: Any, arguments: tuple[Any, ...]) -> list[Delayed]:
@@ -51,6 +52,19 @@ def with_blocks(dataset: Dataset, span: Span, lazy: Sequence[Any]) -> Dataset:
         else:
             arrays.append(rows)
     return dataset.with_rows(arrays)
+
+
+def blocks_of(dataset: Dataset, span: Span, share: Share, tile: int, lazy: Sequence[Any]) -> Iterator[Block]:
+    """Read the rows of a span, in memory that the pass keeps for the spans that follow: fresh pages cost as much as a copy."""
+    if lazy:
+        yield from with_blocks(dataset, span, lazy).blocks(span, share.note, tile)
+        return
+    try:
+        reader = share.readers.pop()
+    except IndexError:
+        reader = dataset.reader()
+    yield from reader.blocks(span, share.note, tile)
+    share.readers.append(reader)
 
 
 def with_computed(dataset: Dataset, span: Span) -> Dataset:

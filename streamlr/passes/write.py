@@ -25,7 +25,7 @@ from streamlr.files import check_output, publish
 from streamlr.passes.memory import one_blas_thread
 from streamlr.passes.planning import make_plan, worker_count
 from streamlr.passes.progress import Callback, running_pass, share_of_pass
-from streamlr.passes.tasks import begin, compute, end, errors_of_graphs, span_tasks, with_blocks
+from streamlr.passes.tasks import begin, blocks_of, compute, end, errors_of_graphs, span_tasks
 
 CHUNK_ROWS = 65_536  # of the output, where the input has no chunks
 Function = Callable[[Block], NDArray[np.float64]]
@@ -120,7 +120,7 @@ def write_span(dataset: Dataset, span: Span, function: Function, array: zarr.Arr
     buffer = np.empty((min(chunk, span.stop - span.start), *array.shape[1:]))
     flat = buffer.reshape(len(buffer), -1)
     with share_of_pass(key) as share, one_blas_thread():  # given back before the pass hears that the task is done
-        for block in with_blocks(dataset, span, lazy).blocks(span, share.note, tile_rows(dataset.n_features, 0)):
+        for block in blocks_of(dataset, span, share, tile_rows(dataset.n_features, 0), lazy):
             values = function(block)
             done = 0
             while done < len(values):
