@@ -28,7 +28,7 @@ PHASES = {
     "decode": ("streamlr.dataset.codecs:ChunkCodec.decode", "streamlr.dataset.codecs:ZarrCodec.decode"),
     "check and copy rows": ("streamlr.dataset.checked:DatasetReader.blocks",),
     "centre": ("streamlr.aggregates.moments:MomentsOf.of",),  # all of it but the product
-    "product": ("streamlr.aggregates.moments:_gram",),
+    "product": ("streamlr.aggregates.centred:_multiplied",),
     "merge": ("streamlr.aggregates.moments:Moments.__add__",),
     "solve": ("streamlr.api:_solved",),
 }

@@ -24,8 +24,9 @@ from strategies import (
     same_bits,
 )
 
-from streamlr.aggregates import moments
-from streamlr.aggregates.moments import CONSTANT, Moments, MomentsOf
+from streamlr.aggregates import centred, moments
+from streamlr.aggregates.centred import CONSTANT
+from streamlr.aggregates.moments import Moments, MomentsOf
 from streamlr.dataset.blocks import Block
 from streamlr.dataset.buffers import Buffer
 from streamlr.dataset.dataset import default_names
@@ -39,7 +40,7 @@ def pieces(request):
     """Every law with few rows as one piece, and with a few of them at a time."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "in pieces":
-            patch.setattr(moments, "PIECE_BYTES", 200)
+            patch.setattr(centred, "PIECE_BYTES", 200)
             patch.setattr(moments, "OUTER_ROWS", 2)
         yield
 
@@ -281,3 +282,20 @@ def test_bits_do_not_depend_on_where_in_memory_rows_and_workspace_lie(rows, p, k
                 memory[:] = array
                 moved.append(memory)
             assert same_bits(statistic.of(Block(0, rows, *moved, weights, room)), expected)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("others", [1e8, -3e5, 1e-7])
+def test_rows_by_which_others_are_centred_may_say_nothing_about_them(others, weighted):
+    rng = np.random.default_rng(5)
+    n, every = 4096, 64
+    columns = np.column_stack([others + rng.normal(size=n), 7.0 + np.zeros(n), rng.normal(size=n)])
+    columns[::every, 0] = 0.0  # which are just the rows that a provisional mean is made of
+    weights = np.where(np.arange(n) % every, 1.0, 1e-12) if weighted else None
+    found = moments_of(columns, weights)
+    _, scatter = exact_moments(columns, weights)
+    size = np.sqrt(np.diagonal(found.scatter))
+    for i in (0, 2):
+        for j in (0, 2):
+            assert abs(Fraction(float(found.scatter[i, j])) - scatter[i][j]) <= 1e-13 * size[i] * size[j]
+    assert found.constant.tolist() == [False, True, False]

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from streamlr.aggregates.moments import CONSTANT, Moments, MomentsOf
+from streamlr.aggregates.centred import CONSTANT
+from streamlr.aggregates.moments import Moments, MomentsOf
 from streamlr.dataset.blocks import Block
 from streamlr.dataset.buffers import Buffer
 from streamlr.errors import NoRows

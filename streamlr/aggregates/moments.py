@@ -7,20 +7,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from streamlr.dataset.blocks import Block, tile_rows
+from streamlr.aggregates.centred import CONSTANT, EPS, centred_product, exact_sum
+from streamlr.dataset.blocks import Block
 from streamlr.errors import NumericalError, UsageError
 
-# In single precision, the products of a tile are made of float32 numbers: twice as fast. Sums of tiles are float64 always.
-# A column keeps its own unit while its squares stay well inside the range of those numbers, so that sums of them do too.
+# A column keeps its own unit while its squares stay well inside the range of the numbers that are multiplied, so that sums do too.
 SQUARES = {"double": (1e-150, 1e150), "single": (1e-25, 1e25)}
-EPS = {"double": float(np.finfo(np.float64).eps), "single": float(np.finfo(np.float32).eps)}
-CONSTANT = 32 * EPS["double"]  # a column varies by more than this beside its mean, or by rounding
-MOSTLY = 15 / 16  # of a sum of squares, due to a centre away from the mean: the correction may cost four bits
-SOME = 64  # rows at least, where there are as many, and at least one in as many
 ROUNDINGS = 8  # eps, of a difference of sums, beside the sum of their sizes
-PIECE_BYTES = 2**20  # of centred rows that are multiplied at once: what a core's second-level cache holds
 OUTER_ROWS = 64  # of an outer product that are made at once
-FOLD = 64  # short rows that are centred as one
 NO_SCALE = -4096  # the exponent of a column that has shown nothing but zeros: below every other, so that any other wins
 
 
@@ -124,8 +118,8 @@ class Moments:
         total = self.weight_sum + other.weight_sum
         share = light.weight_sum / total if total else 0.0
         step = (other_mean - mean) + (other_rest - rest)
-        mean, left = _exact_sum(mean, step * share)
-        mean, rest = _exact_sum(mean, left + rest)
+        mean, left = exact_sum(mean, step * share)
+        mean, rest = exact_sum(mean, left + rest)
         step *= np.sqrt(heavy.weight_sum) * np.sqrt(share)
         with np.errstate(over="ignore"):
             scatter = scatter + other_scatter
@@ -211,7 +205,7 @@ class MomentsOf:
         small, large = SQUARES[self.precision]
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
             total = float(n) if weights is None else float(weights.sum())
-            mean, rest, scatter = _centred_product(block, total, self.precision)
+            mean, rest, scatter = centred_product(block, total, self.precision)
             squares = np.diagonal(scatter)
             unusual = ~((squares > small) & (squares < large) & (mean * mean < large))
             if unusual.any():
@@ -220,7 +214,7 @@ class MomentsOf:
                 if unit.any():
                     p = len(self.feature_names)
                     x, y = np.ldexp(block.x, -unit[:p]), np.ldexp(block.y, -unit[p:])
-                    mean, rest, scatter = _centred_product(Block(block.start, block.stop, x, y, weights), total, self.precision)
+                    mean, rest, scatter = centred_product(Block(block.start, block.stop, x, y, weights), total, self.precision)
         if not np.isfinite(np.diagonal(scatter)).all():
             raise NumericalError(
                 f"the squares of rows {block.start:,} to {block.stop - 1:,} overflow although every value is finite; "
@@ -228,104 +222,6 @@ class MomentsOf:
             )
         names = self.feature_names, self.target_names
         return Moments(n, n_weighted, total, mean, rest, scatter, exponent, *names, precision=self.precision)
-
-
-def _centred_product(
-    block: Block, total: float, precision: str
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Return mean, what its rounding left out, and scatter of the rows of a block, whose weights sum to `total`.
-
-    Rows are centred near their mean, at that of some of them, so that they are gone through once. The product, which has a column
-    of ones too, tells how far from there the mean is, and the scatter is corrected by the square of that. Where some rows say too
-    little about the others the rows are centred again, so that the correction costs no digits.
-    """
-    weights = block.weights
-    heaviest = float(weights.max()) if weights is not None and precision == "single" else 1.0  # float32 has less range
-    root = None if weights is None else np.sqrt(weights / heaviest)[:, None]
-
-    def around(centre: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        products = _products(block, centre, root, precision)
-        if heaviest != 1:
-            products *= heaviest
-        return products[:-1, :-1], products[-1, :-1] / total
-
-    centre = _mean_of_some(block)
-    scatter, offset = around(centre)
-    far = offset * offset * total > MOSTLY * np.diagonal(scatter)
-    if (far & (np.abs(offset) > CONSTANT * np.abs(centre))).any():
-        centre = centre + offset
-        scatter, offset = around(centre)
-    away = offset * np.sqrt(total)
-    scatter -= away[:, None] * away
-    np.fill_diagonal(scatter, np.maximum(np.diagonal(scatter), 0.0))  # of a constant, rounding may leave less than nothing
-    return *_exact_sum(centre, offset), scatter
-
-
-def _mean_of_some(block: Block) -> NDArray[np.float64]:
-    """Return the mean of rows that are spread over a block; of all, where those have no weight."""
-    every = max(min(len(block.x) // SOME, SOME), 1)
-    w = None if block.weights is None else block.weights[::every]
-    if w is not None and not w.any():
-        every, w = 1, block.weights
-    some = block.x[::every], block.y[::every]
-    if w is None:
-        return np.concatenate([rows.sum(axis=0) for rows in some]) / len(some[0])
-    return np.concatenate([w @ rows for rows in some]) / w.sum()
-
-
-def _products(block: Block, centre: NDArray[np.float64], root: NDArray[np.float64] | None, precision: str) -> NDArray[np.float64]:
-    """Return the products of centred columns, and of one of ones, with each other, of rows times the roots of their weights."""
-    m, q = len(block.x), len(centre)
-    step = min(tile_rows(q + 1, cache_bytes=PIECE_BYTES), m)
-    room = block.workspace(step * (q + 1))
-    products: NDArray[np.float64] | None = None
-    for first in range(0, m, step):  # while a piece is in the core's cache
-        piece = slice(first, first + step)
-        found = _products_of_piece(block.x[piece], block.y[piece], centre, None if root is None else root[piece], room, precision)
-        products = found if products is None else np.add(products, found, out=products)
-    assert products is not None
-    return products
-
-
-def _products_of_piece(
-    x: NDArray[np.float64],
-    y: NDArray[np.float64],
-    centre: NDArray[np.float64],
-    root: NDArray[np.float64] | None,
-    room: NDArray[np.float64],
-    precision: str,
-) -> NDArray[np.float64]:
-    """Return what `_products` does, of as many rows as there is room for.
-
-    Features and the rest lie apart, since NumPy subtracts one long row several times as fast as many short ones. What features
-    multiply with themselves is the symmetric product, `z.T @ z` of one contiguous array: another spelling would give other bits.
-    """
-    (m, p), q = x.shape, len(centre)
-    features, rest = room[: m * p].reshape(m, p), room[m * p : m * (q + 1)].reshape(q + 1 - p, m)
-    fold = min(m & -m, FOLD)  # rows of a tile are a power of two; those of a last one perhaps not
-    np.subtract(x.reshape(m // fold, -1), np.tile(centre[:p], fold), out=features.reshape(m // fold, -1))
-    np.subtract(y.T, centre[p:, None], out=rest[:-1])
-    rest[-1] = 1.0
-    if root is not None:
-        features *= root
-        rest *= root.T
-    products = np.empty((q + 1, q + 1))
-    if precision == "double":
-        products[:p, :p] = features.T @ features
-    else:
-        single = features.astype(np.float32)
-        products[:p, :p] = single.T @ single
-    products[p:, :p] = rest @ features
-    products[:p, p:] = products[p:, :p].T
-    products[p:, p:] = rest @ rest.T
-    return products
-
-
-def _exact_sum(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return a + b as float64 has it, and what its rounding left out (Knuth, The Art of Computer Programming 2, section 4.2.2)."""
-    rounded = a + b
-    of_b = rounded - a
-    return rounded, (a - (rounded - of_b)) + (b - of_b)
 
 
 def _exponents(block: Block, columns: NDArray[np.intp], small: float, large: float) -> NDArray[np.int32]:

@@ -28,6 +28,7 @@ class DatasetReader:
         self.dataset = dataset
         self._x, self._y = _Beside(dataset.features), _Beside(dataset.targets)
         self._weights = None if dataset.weights is None else _Beside([dataset.weights])
+        self._sides = [side for side in (self._x, self._y, self._weights) if side is not None]
         self._room = Buffer()
 
     def blocks(self, span: Span, report: Callable[[Tally], None], tile: int | None = None) -> Iterator[Block]:
@@ -63,13 +64,17 @@ class DatasetReader:
         finally:
             self._expect(span.stop, span.stop)  # an error, or a caller that stops here, leaves no request behind
 
+    def forget(self) -> None:
+        """Let go of what is held, but for its memory, as if nothing had been read."""
+        for side in self._sides:
+            side.forget()
+
     def _expect(self, start: int, stop: int) -> None:
-        for side in (self._x, self._y, self._weights):
-            if side is not None:
-                side.expect(start, stop)
+        for side in self._sides:
+            side.expect(start, stop)
 
     def _chunks_missing(self) -> int:
-        return sum(side.chunks_missing for side in (self._x, self._y, self._weights) if side is not None)
+        return sum(side.chunks_missing for side in self._sides)
 
     def _checked(
         self, piece: Span, x: NDArray[np.float64], y: NDArray[np.float64], weights: NDArray[np.float64] | None
@@ -138,6 +143,11 @@ class _Beside:
         """Tell every reader which rows are read next."""
         for reader in self._readers:
             reader.expect(start, stop)
+
+    def forget(self) -> None:
+        """Let go of what every reader holds."""
+        for reader in self._readers:
+            reader.forget()
 
     def rows(self, piece: Span) -> NDArray[np.float64]:
         """Return the rows of a piece, (m, columns) in C order, valid until the next are asked for."""

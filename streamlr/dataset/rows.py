@@ -22,6 +22,10 @@ class Reader(Protocol):
         """Hear that the rows [start, stop) are read next, in order, and none after them that it is not told of."""
         ...
 
+    def forget(self) -> None:
+        """Let go of what is held, but for its memory, as if nothing had been read."""
+        ...
+
     def read_into(self, out: NDArray[np.float64], start: int) -> None:
         """Fill `out` (m, c) with the rows start, ..., start + m - 1, promoted to float64."""
         ...
@@ -183,6 +187,9 @@ class MemoryReader:
 
     def expect(self, start: int, stop: int) -> None:
         """Do nothing: the rows are here."""
+
+    def forget(self) -> None:
+        """Do nothing: nothing is held."""
 
     def read_into(self, out: NDArray[np.float64], start: int) -> None:
         """Fill `out` with the rows from `start` on."""

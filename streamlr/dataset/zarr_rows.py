@@ -174,12 +174,13 @@ class ZarrReader:
         self._pieces: list[NDArray[Any]] = []
 
     def expect(self, start: int, stop: int) -> None:
-        """Ask the store for the chunks of the rows [start, stop), which are read next, and for no others any more.
+        """Ask the store for the chunks of the rows [start, stop), which are read next, and for no others any more."""
+        first, last = start // self._height, -(-stop // self._height)
+        self._stored.expect(self.rows.positions(first + (first == self._held), last) if start < stop else ())
 
-        What is held is let go: what a span meets must not depend on who read the rows before it.
-        """
+    def forget(self) -> None:
+        """Let go of the chunks that are held."""
         self._held = -1
-        self._stored.expect(self.rows.positions(start // self._height, -(-stop // self._height)) if start < stop else ())
 
     def read_into(self, out: NDArray[np.float64], start: int) -> None:
         """Fill `out` (m, c) with the rows from `start` on."""

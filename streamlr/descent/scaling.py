@@ -8,7 +8,7 @@ from math import fsum
 import numpy as np
 from numpy.typing import NDArray
 
-from streamlr.aggregates.moments import CONSTANT
+from streamlr.aggregates.centred import CONSTANT
 from streamlr.errors import NumericalError
 
 Array = NDArray[np.float64]

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from streamlr.aggregates.moments import EPS, Moments
+from streamlr.aggregates.centred import EPS
+from streamlr.aggregates.moments import Moments
 from streamlr.direct.routes import Direct, Solution
 from streamlr.errors import NoRows, NumericalError, RankDeficient, UsageError
 

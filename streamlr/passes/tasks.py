@@ -64,6 +64,7 @@ def blocks_of(dataset: Dataset, span: Span, share: Share, tile: int, lazy: Seque
     except IndexError:
         reader = dataset.reader()
     yield from reader.blocks(span, share.note, tile)
+    reader.forget()  # what a span meets must not depend on which was read before it
     share.readers.append(reader)
 
 
