@@ -78,7 +78,8 @@ def draft_pass(
         )
     tiles = -(-max(span.stop - span.start for span in cut) // tile) + 1
     nodes = 1 if whole_tiles and not lazy else open_nodes(tiles)
-    left = nodes * statistic.nbytes + (0 if whole_tiles and not lazy else 2 * tile_bytes)
+    ragged = any(span.start % tile for span in cut)  # ends of spans, kept as rows
+    left = nodes * statistic.nbytes + (2 * tile_bytes if ragged else 0)
     merges, level, waiting = 0, len(cut), 0
     while level > 1:
         level = -(-level // FAN_IN)
