@@ -284,6 +284,19 @@ def test_bits_do_not_depend_on_where_in_memory_rows_and_workspace_lie(rows, p, k
             assert same_bits(statistic.of(Block(0, rows, *moved, weights, room)), expected)
 
 
+@pytest.mark.parametrize(("value", "weight"), [(1e17, 1e-50), (1e20, 1e-60), (1e25, 1e-70)])
+def test_far_rows_of_hardly_any_weight_leave_no_trace_where_others_are_centred_by_them(value, weight):
+    rng = np.random.default_rng(6)
+    n, every = 4096, 64
+    columns, weights = 3.0 + rng.normal(size=(n, 2)), np.ones(n)
+    columns[::every, 0], weights[::every] = value, weight
+    found = moments_of(columns, weights)
+    mean, scatter = exact_moments(columns, weights)
+    assert found.mean[0] == pytest.approx(float(mean[0]), rel=1e-14)
+    assert found.scatter[0, 0] == pytest.approx(float(scatter[0][0]), rel=1e-12)
+    assert found.scatter.flags.c_contiguous
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("others", [1e8, -3e5, 1e-7])
 def test_rows_by_which_others_are_centred_may_say_nothing_about_them(others, weighted):

@@ -9,8 +9,10 @@ from streamlr.dataset.blocks import Block, tile_rows
 
 EPS = {"double": float(np.finfo(np.float64).eps), "single": float(np.finfo(np.float32).eps)}
 CONSTANT = 32 * EPS["double"]  # a column varies by more than this beside its mean, or by rounding
-MOSTLY = 15 / 16  # of a sum of squares, due to a centre away from the mean: the correction may cost four bits
-SOME = 64  # rows at least, where there are as many, and at least one in as many
+# So much of a sum of squares may be due to a centre away from the mean: four bits of float64 at most, hardly one of float32.
+MOSTLY = {"double": 15 / 16, "single": 1 / 4}
+SOME = 64  # rows at least, where there are as many
+ROUNDS = 4  # of centring again: each leaves some eps of the distance before it
 PIECE_BYTES = 2**20  # of centred rows that are multiplied at once: what a core's second-level cache holds
 FOLD = 64  # short rows that are centred as one
 
@@ -22,7 +24,7 @@ def centred_product(
 
     Rows are centred near their mean, at that of some of them, so that they are gone through once. The product, which has a column
     of ones too, tells how far from there the mean is, and the scatter is corrected by the square of that. Where some rows say too
-    little about the others the rows are centred again, so that the correction costs no digits.
+    little about the others the rows are centred again, so that the correction costs next to no digits.
     """
     weights = block.weights
     heaviest = float(weights.max()) if weights is not None and precision == "single" else 1.0  # float32 has less range
@@ -36,19 +38,23 @@ def centred_product(
 
     centre = _mean_of_some(block)
     scatter, offset = around(centre)
-    far = offset * offset * total > MOSTLY * np.diagonal(scatter)
-    if (far & (np.abs(offset) > CONSTANT * np.abs(centre))).any():
+    for _ in range(ROUNDS):
+        far = offset * offset * total > MOSTLY[precision] * np.diagonal(scatter)
+        if not (far & (np.abs(offset) > CONSTANT * np.abs(centre))).any():
+            break
         centre = centre + offset
+        del scatter  # its memory is planned for once
         scatter, offset = around(centre)
     away = offset * np.sqrt(total)
-    scatter -= away[:, None] * away
+    correction = away[:, None] * away
+    scatter = np.subtract(scatter, correction, out=correction)
     np.fill_diagonal(scatter, np.maximum(np.diagonal(scatter), 0.0))  # of a constant, rounding may leave less than nothing
     return *exact_sum(centre, offset), scatter
 
 
 def _mean_of_some(block: Block) -> NDArray[np.float64]:
     """Return the mean of rows that are spread over a block; of all, where those have no weight."""
-    every = max(min(len(block.x) // SOME, SOME), 1)
+    every = max(len(block.x) // SOME, 1)
     w = None if block.weights is None else block.weights[::every]
     if w is not None and not w.any():
         every, w = 1, block.weights
