@@ -14,6 +14,7 @@ MOSTLY = {"double": 15 / 16, "single": 1 / 4}
 SOME = 64  # rows at least, where there are as many
 ROUNDS = 4  # of centring again: each leaves some eps of the distance before it
 PIECE_BYTES = 2**20  # of centred rows that are multiplied at once: what a core's second-level cache holds
+PIECE_ROWS = 2048  # at most, but where columns are many: the shorter a sum, the less of it is rounding
 FOLD = 64  # short rows that are centred as one
 
 
@@ -68,7 +69,7 @@ def _mean_of_some(block: Block) -> NDArray[np.float64]:
 def _products(block: Block, centre: NDArray[np.float64], root: NDArray[np.float64] | None, precision: str) -> NDArray[np.float64]:
     """Return the products of centred columns, and of one of ones, with each other, of rows times the roots of their weights."""
     m, q = len(block.x), len(centre)
-    step = min(tile_rows(q + 1, cache_bytes=PIECE_BYTES), m)
+    step = min(tile_rows(q + 1, cache_bytes=min(PIECE_BYTES, 8 * (q + 1) * PIECE_ROWS)), m)
     room = block.workspace(step * (q + 1))
     products: NDArray[np.float64] | None = None
     for first in range(0, m, step):  # while a piece is in the core's cache

@@ -213,6 +213,7 @@ class MomentsOf:
                 unit = np.where(exponent == NO_SCALE, 0, exponent)
                 if unit.any():
                     p = len(self.feature_names)
+                    del scatter, squares  # their memory is planned for once
                     x, y = np.ldexp(block.x, -unit[:p]), np.ldexp(block.y, -unit[p:])
                     mean, rest, scatter = centred_product(Block(block.start, block.stop, x, y, weights), total, self.precision)
         if not np.isfinite(np.diagonal(scatter)).all():

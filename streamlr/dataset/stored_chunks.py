@@ -75,6 +75,10 @@ class StoredChunks:
         elif self._per_shard is None:
             self._files.expect(map(self._key, positions))
 
+    def forget(self) -> None:
+        """Let go of the indexes of shards: they are read again with the next chunk."""
+        self._shards = {}
+
     def get(self, position: Position, buffer: Buffer) -> Stored | None:
         """Return the stored bytes of the chunk at `position`, in `buffer` where they come from a file; None when it is absent.
 

@@ -179,8 +179,9 @@ class ZarrReader:
         self._stored.expect(self.rows.positions(first + (first == self._held), last) if start < stop else ())
 
     def forget(self) -> None:
-        """Let go of the chunks that are held."""
-        self._held = -1
+        """Let go of the chunks that are held, and of what is known of shards."""
+        self._held, self._pieces = -1, []
+        self._stored.forget()
 
     def read_into(self, out: NDArray[np.float64], start: int) -> None:
         """Fill `out` (m, c) with the rows from `start` on."""
