@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from streamlr.dataset.buffers import Buffer
 
-TILE_BYTES = 3 * 2**20  # half of it or more is used; smaller tiles cost call overhead, larger ones leave the core's caches
+TILE_BYTES = 6 * 2**20
 MIN_SPAN_BYTES = 16 * 2**20
 MAX_SPAN_BYTES = 256 * 2**20
 SPANS_PER_WORKER = 8  # so that the last spans balance the cores
@@ -86,7 +86,7 @@ def tile_rows(n_columns: int, left_bytes: int | None = None, cache_bytes: int = 
     Examples
     --------
     >>> tile_rows(101), tile_rows(11), tile_rows(1001), tile_rows(1001, 100)
-    (2048, 32768, 4096, 256)
+    (4096, 65536, 4096, 512)
     """
     columns = max(n_columns, 1)
     cached = max(cache_bytes // (8 * columns), 1)

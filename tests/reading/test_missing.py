@@ -17,7 +17,7 @@ from streamlr.dataset.blocks import Span
 from streamlr.dataset.subset import Subset
 from streamlr.errors import DataError, NonFiniteValue, NoRows, UsageError
 
-N, P = 9_000, 60  # tiles of 4,096 rows: three of them
+N, P = 9_000, 120  # tiles of 4,096 rows: three of them
 NAN = np.nan
 
 

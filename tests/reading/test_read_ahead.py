@@ -25,14 +25,14 @@ from streamlr.dataset.blocks import Span
 from streamlr.dataset.read_ahead import AHEAD_BYTES, REQUESTS, ReadAhead, chunks_ahead
 from streamlr.errors import ChunkCorrupt, ChunkMissing, DataError
 
-N, P, CHUNK = 9_000, 63, 300  # tiles of 4,096 rows
+N, P, CHUNK = 9_000, 127, 300  # tiles of 4,096 rows
 LAYOUTS = {
     "plain": {"chunks": (CHUNK, P), "compressors": None},
     "compressed": {"chunks": (CHUNK, P), "compressors": [ZstdCodec()]},
     "decoded by zarr": {"chunks": (CHUNK, P), "compressors": [Crc32cCodec(), ZstdCodec()]},
-    "columns": {"chunks": (CHUNK, 20)},
+    "columns": {"chunks": (CHUNK, 40)},
     "sharded": {"chunks": (CHUNK, P), "shards": (5 * CHUNK, P)},
-    "sharded columns": {"chunks": (CHUNK, 20), "shards": (5 * CHUNK, 40)},
+    "sharded columns": {"chunks": (CHUNK, 40), "shards": (5 * CHUNK, 80)},
 }
 
 
