@@ -252,7 +252,9 @@ class FittedModel:
 
     def _predict_lazily(self, X: Any) -> Any:
         array = X if hasattr(X, "rechunk") else X.to_dask_array()
-        DaskRows(array, "X").check(complete=True)  # a graph that reads zarr takes fill values for missing chunks
+        read = DaskRows(array, "X")
+        read.check_current()
+        read.fingerprint(complete=True)  # a graph that reads zarr takes fill values for missing chunks
         self._check_count(array.shape[1])
         rows = array.rechunk({1: -1}).astype(np.float64)
         if self.coef.ndim == 1:

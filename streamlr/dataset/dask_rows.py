@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import zarr
 
-from streamlr.dataset.integrity import array_fingerprint, check_complete, check_current
+from streamlr.dataset.integrity import array_fingerprint, check_current
 from streamlr.dataset.rows import MemoryRows, Reader, Rows, check_dtype, plain_array
 from streamlr.dataset.zarr_rows import ZarrRows
 from streamlr.errors import UnsupportedDtype, UsageError
@@ -16,6 +16,8 @@ from streamlr.files import digest
 
 if TYPE_CHECKING:
     import dask.array as da
+
+REMEDY = "or open the store by open_dataset(..., allow_missing_chunks=True)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,20 +82,19 @@ class DaskRows:
         """Blocks are only read by the task that computes them."""
         raise TypeError("a Dask array is read block by block by the tasks of a pass; this is a bug in streamlr")
 
-    def fingerprint(self) -> str:
-        """Return Dask's name of the array, a token of the graph that makes it, with what its zarr arrays look like now."""
-        found = [array_fingerprint(array, label, None) for label, array in self.zarr_sources()]
+    def fingerprint(self, *, complete: bool = False) -> str:
+        """Return Dask's name of the array, a token of the graph that makes it, with what its zarr arrays look like now.
+
+        Raise, if it must be `complete`, unless those have all their chunks: Dask reads an absent one as fill values without a word.
+        """
+        remedy = REMEDY if complete else None
+        found = [array_fingerprint(array, label, None, remedy) for label, array in self.zarr_sources()]
         return f"{self.array.name} {digest(found)}" if found else str(self.array.name)
 
-    def check(self, *, complete: bool) -> None:
-        """Raise unless the zarr arrays that the graph reads are what they were and, if `complete`, have all their chunks.
-
-        Dask reads an absent chunk as fill values without a word, so this is looked at before a pass and after it.
-        """
+    def check_current(self) -> None:
+        """Raise unless the metadata of the zarr arrays that the graph reads are what they were when it was built."""
         for label, array in self.zarr_sources():
             check_current(array, label)
-            if complete:
-                check_complete(array, label, "or open the store by open_dataset(..., allow_missing_chunks=True)")
 
     def in_rows(self, sizes: tuple[int, ...]) -> da.Array:
         """Return the array with row blocks of these sizes, each of all columns."""

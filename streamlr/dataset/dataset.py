@@ -165,11 +165,11 @@ class Dataset:
         """
         return self.current_fingerprint()
 
-    def current_fingerprint(self) -> str:
-        """Return the fingerprint of the rows as they are now."""
+    def current_fingerprint(self, *, complete: bool = False) -> str:
+        """Return the fingerprint of the rows as they are now; raise, if they must be `complete`, when a chunk is absent."""
         return digest(
             {
-                "arrays": [rows.fingerprint() for rows in self.arrays],
+                "arrays": [rows.fingerprint(complete=complete) for rows in self.arrays],
                 "names": [self.feature_names, self.target_names],
                 "columns": [getattr(rows, "columns", None) for rows in self.arrays],
                 "missing": self.missing,

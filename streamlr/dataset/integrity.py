@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import stat
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +34,7 @@ VERSION = 1
 CHECKSUM_BYTES = 4
 LOOKING = 8  # threads that look at files
 BATCH = 500  # files that one of them looks at before it hands over
+WAITING = 5e-5  # seconds for a file: ten times what it takes where nothing waits for a disk
 Batch = list[tuple[int, ...]]
 
 
@@ -190,7 +192,8 @@ def file_status(path: str | Path, label: str) -> os.stat_result | None:
 def file_statuses(array: zarr.Array[Any], label: str, root: Path) -> Iterator[tuple[Batch, list[os.stat_result | None]]]:
     """Yield positions and the statuses of their files (None where there is none), many at a time, in order.
 
-    Several threads look them up: a disk that does not have them in memory answers several questions as fast as one.
+    Once they do not come from memory, several threads look them up: a disk answers several questions as fast as one. What is in
+    memory one thread finds faster, since it hands over to no other.
     """
     encode, folder = chunk_keys(array), f"{root}/"
 
@@ -199,6 +202,13 @@ def file_statuses(array: zarr.Array[Any], label: str, root: Path) -> Iterator[tu
 
     positions = chunk_positions(array)
     batches = iter(lambda: list(itertools.islice(positions, BATCH)), [])
+    for batch in batches:
+        began = time.perf_counter()
+        found = look(batch)
+        waited = time.perf_counter() - began > WAITING * len(batch)
+        yield found
+        if waited:
+            break
     pool = ThreadPoolExecutor(LOOKING)
     try:
         under_way = deque(pool.submit(look, batch) for batch in itertools.islice(batches, LOOKING))
@@ -207,40 +217,6 @@ def file_statuses(array: zarr.Array[Any], label: str, root: Path) -> Iterator[tu
             under_way.extend(pool.submit(look, batch) for batch in itertools.islice(batches, 1))
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def check_complete(array: zarr.Array[Any], label: str, remedy: str) -> None:
-    """Raise `ChunkMissing` unless every chunk (or shard) is there and, where that can be told, not empty; no chunk is read."""
-    position = _first_absent(array, label)
-    if position is None:
-        return
-    root = local_root(array)
-    if root is not None and not (root / array.path).is_dir():
-        raise ChunkMissing(f"the store {root} of array {label!r} is gone; is it still mounted?")
-    raise ChunkMissing(
-        f"{describe_chunk(array, label, position, shard=array.shards is not None)} is missing from {array.store_path}, "
-        f"or empty; restore it, {remedy}"
-    )
-
-
-def _first_absent(array: zarr.Array[Any], label: str) -> tuple[int, ...] | None:
-    root = local_root(array)
-    if root is not None:
-        for batch, statuses in file_statuses(array, label, root):
-            for position, status in zip(batch, statuses, strict=True):
-                if status is None or not status.st_size:
-                    return position
-        return None
-    listed = sync(_list_keys(array)) if array.store.supports_listing else None
-    key = chunk_keys(array)
-    for position in chunk_positions(array):
-        if not (key(position) in listed if listed is not None else sync(array.store.exists(key(position)))):
-            return position
-    return None
-
-
-async def _list_keys(array: zarr.Array[Any]) -> set[str]:
-    return {key async for key in array.store.list_prefix(f"{array.path}/" if array.path else "")}
 
 
 def check_current(array: zarr.Array[Any], label: str) -> None:
@@ -259,19 +235,54 @@ def check_current(array: zarr.Array[Any], label: str) -> None:
         )
 
 
-def array_fingerprint(array: zarr.Array[Any], label: str, checksums: bytes | None) -> str:
+def array_fingerprint(array: zarr.Array[Any], label: str, checksums: bytes | None, remedy: str | None = None) -> str:
     """Return the sha256 of an array's metadata and, for each chunk, its checksum in the manifest, else its size and time of change.
 
-    A chunk that is absent counts as such. On stores that are not local only the metadata are available at this price.
+    A chunk that is absent counts as such; but with a `remedy` to tell of, every chunk (or shard) must be there and, where that can
+    be told, not be empty. The files are looked through once for both, and no chunk is read. On stores that are not local only the
+    metadata are available at this price, and the chunks by name.
+
+    Raises
+    ------
+    ChunkMissing
+        There is a remedy, and need of it.
     """
     metadata, root = _metadata_digest(array), local_root(array)
-    if checksums is not None or root is None:
+    if root is None and remedy is not None:
+        _check_listed(array, label, remedy)
+    if root is None or (checksums is not None and remedy is None):
         return digest([metadata] if checksums is None else [metadata, checksums.hex()])
     facts = sha256(f'["{metadata}"'.encode())  # the digest of a list, of which only a part is in memory
-    for _, statuses in file_statuses(array, label, root):
+    for batch, statuses in file_statuses(array, label, root):
+        if remedy is not None:
+            for position, status in zip(batch, statuses, strict=True):
+                if status is None or not status.st_size:
+                    raise _missing(array, label, position, remedy)
         facts.update("".join([f",[{one.st_size},{one.st_mtime_ns}]" if one else ",null" for one in statuses]).encode())
     facts.update(b"]")
-    return facts.hexdigest()
+    return facts.hexdigest() if checksums is None else digest([metadata, checksums.hex()])
+
+
+def _check_listed(array: zarr.Array[Any], label: str, remedy: str) -> None:
+    listed = sync(_list_keys(array)) if array.store.supports_listing else None
+    key = chunk_keys(array)
+    for position in chunk_positions(array):
+        if not (key(position) in listed if listed is not None else sync(array.store.exists(key(position)))):
+            raise _missing(array, label, position, remedy)
+
+
+async def _list_keys(array: zarr.Array[Any]) -> set[str]:
+    return {key async for key in array.store.list_prefix(f"{array.path}/" if array.path else "")}
+
+
+def _missing(array: zarr.Array[Any], label: str, position: tuple[int, ...], remedy: str) -> ChunkMissing:
+    root = local_root(array)
+    if root is not None and not (root / array.path).is_dir():
+        return ChunkMissing(f"the store {root} of array {label!r} is gone; is it still mounted?")
+    return ChunkMissing(
+        f"{describe_chunk(array, label, position, shard=array.shards is not None)} is missing from {array.store_path}, "
+        f"or empty; restore it, {remedy}"
+    )
 
 
 def _canonical(array: zarr.Array[Any]) -> dict[str, Any]:

@@ -85,8 +85,8 @@ class Rows(Protocol):
         """Return a reader of these rows."""
         ...
 
-    def fingerprint(self) -> str:
-        """Return a digest that changes when the rows may have changed."""
+    def fingerprint(self, *, complete: bool = False) -> str:
+        """Return a digest that changes when the rows may have changed; raise if they must be `complete` and a chunk is absent."""
         ...
 
 
@@ -170,8 +170,8 @@ class MemoryRows:
         """Return a reader of these rows."""
         return MemoryReader(self.array, self.offset)
 
-    def fingerprint(self) -> str:
-        """Return Dask's token of the array: a hash of its contents."""
+    def fingerprint(self, *, complete: bool = False) -> str:
+        """Return Dask's token of the array: a hash of its contents, which are all there."""
         from dask.base import tokenize
 
         return str(tokenize(self.array))

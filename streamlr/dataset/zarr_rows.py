@@ -17,7 +17,7 @@ from zarr.codecs import ShardingCodec
 
 from streamlr.dataset.buffers import Buffer
 from streamlr.dataset.codecs import KNOWN_V2, ChunkCodec, ZarrCodec, check_memory, chunk_codec
-from streamlr.dataset.integrity import array_fingerprint, check_complete, check_current, local_root
+from streamlr.dataset.integrity import array_fingerprint, check_current, local_root
 from streamlr.dataset.read_ahead import chunks_ahead
 from streamlr.dataset.rows import as_float64, check_dtype
 from streamlr.dataset.stored_chunks import StoredChunks, is_local
@@ -126,10 +126,15 @@ class ZarrRows:
         """Return a reader of these rows."""
         return ZarrReader(self)
 
-    def fingerprint(self) -> str:
-        """Return a digest of the metadata and, per chunk, of the manifest's checksum, else size and time of change."""
+    def fingerprint(self, *, complete: bool = False) -> str:
+        """Return a digest of the metadata and, per chunk, of the manifest's checksum, else size and time of change.
+
+        Raise, if it must be `complete`, unless all chunks are there, as far as a local disk can tell; elsewhere the reader finds an
+        absent chunk as soon as it asks for it.
+        """
+        strict = complete and not self.may_lack_chunks and local_root(self.array) is not None
         try:
-            return array_fingerprint(self.array, self.label, self.checksums)
+            return array_fingerprint(self.array, self.label, self.checksums, self.remedy if strict else None)
         except (OSError, ValueError) as error:
             if isinstance(error, DataError):
                 raise
@@ -137,21 +142,16 @@ class ZarrRows:
                 f"the metadata of array {self.label!r} cannot be read any more ({error}); is it still mounted?"
             ) from error
 
+    def check_current(self) -> None:
+        """Raise unless the array's metadata are what they were when it was opened."""
+        check_current(self.array, self.label)
+
     def positions(self, first: int, stop: int) -> Iterator[Position]:
         """Iterate over the chunks that hold the columns that are read, for rows of chunks from `first` to before `stop`."""
         ndim, column_chunks = self.array.ndim, self.column_chunks
         for row_chunk in range(first, stop):
             for column_chunk in column_chunks:
                 yield (row_chunk, column_chunk)[:ndim]
-
-    def check(self, *, complete: bool) -> None:
-        """Raise unless the array is what it was when it was opened and, on a local disk, all its chunks are there.
-
-        No chunk is read. Elsewhere the reader finds an absent chunk as soon as it asks for it.
-        """
-        check_current(self.array, self.label)
-        if complete and not self.may_lack_chunks and local_root(self.array) is not None:
-            check_complete(self.array, self.label, self.remedy)
 
 
 class ZarrReader:

@@ -102,12 +102,12 @@ def errors_of_graphs(dataset: Dataset) -> Iterator[None]:
 
 def begin(dataset: Dataset) -> str | None:
     """Check, before a pass, that what it reads from zarr is there, and return its fingerprint; None where there is no zarr."""
-    if not _check_stores(dataset, complete=True):
+    if not _check_current(dataset):
         return None
-    known = "fingerprint" in vars(dataset)  # from an earlier pass, or because somebody asked for it
-    if known and dataset.fingerprint != dataset.current_fingerprint():
+    found = dataset.current_fingerprint(complete=True)
+    if vars(dataset).setdefault("fingerprint", found) != found:  # known from an earlier pass, or because somebody asked for it
         raise _changed(dataset)
-    return dataset.fingerprint
+    return found
 
 
 def end(dataset: Dataset, before: str | None, tally: Tally) -> None:
@@ -115,7 +115,7 @@ def end(dataset: Dataset, before: str | None, tally: Tally) -> None:
     if tally.rows != dataset.stored_rows:
         raise RowCountMismatch(f"{tally.rows:,} rows were read where {dataset.stored_rows:,} were promised; run it again")
     if before is not None:
-        _check_stores(dataset, complete=False)
+        _check_current(dataset)
         if dataset.current_fingerprint() != before:
             raise _changed(dataset)
 
@@ -128,11 +128,11 @@ def _described(dataset: Dataset) -> Dataset:
     return dataset.with_rows(described)
 
 
-def _check_stores(dataset: Dataset, *, complete: bool) -> bool:
-    """Check every zarr array that is read, by us or by a Dask graph; return whether there are any."""
+def _check_current(dataset: Dataset) -> bool:
+    """Check the metadata of every zarr array that is read, by us or by a Dask graph; return whether there are any."""
     for rows in dataset.arrays:
         if isinstance(rows, ZarrRows | DaskRows):
-            rows.check(complete=complete)
+            rows.check_current()
     return any(isinstance(rows, ZarrRows) or (isinstance(rows, DaskRows) and rows.zarr_sources()) for rows in dataset.arrays)
 
 
