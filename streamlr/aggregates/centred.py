@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -14,7 +16,7 @@ MOSTLY = {"double": 15 / 16, "single": 1 / 4}
 SOME = 64  # rows at least, where there are as many
 ROUNDS = 4  # of centring again: each leaves some eps of the distance before it
 PIECE_BYTES = 2**20  # of centred rows that are multiplied at once: what a core's second-level cache holds
-PIECE_ROWS = 2048  # at most, but where columns are many: the shorter a sum, the less of it is rounding
+SHORT_ROWS = 2048  # summed at most, but where columns are many: the shorter a sum, the less of it is rounding
 FOLD = 64  # short rows that are centred as one
 
 
@@ -69,28 +71,32 @@ def _mean_of_some(block: Block) -> NDArray[np.float64]:
 def _products(block: Block, centre: NDArray[np.float64], root: NDArray[np.float64] | None, precision: str) -> NDArray[np.float64]:
     """Return the products of centred columns, and of one of ones, with each other, of rows times the roots of their weights."""
     m, q = len(block.x), len(centre)
-    step = min(tile_rows(q + 1, cache_bytes=min(PIECE_BYTES, 8 * (q + 1) * PIECE_ROWS)), m)
+    short = min(tile_rows(q + 1, cache_bytes=min(PIECE_BYTES, 8 * (q + 1) * SHORT_ROWS)), m)
+    step = min(short * max(PIECE_BYTES // (8 * (q + 1) * short), 1), m)
     room = block.workspace(step * (q + 1))
     products: NDArray[np.float64] | None = None
-    for first in range(0, m, step):  # while a piece is in the core's cache
-        piece = slice(first, first + step)
-        found = _products_of_piece(block.x[piece], block.y[piece], centre, None if root is None else root[piece], room, precision)
+    first = 0
+    while first < m:  # while a piece is in the core's cache
+        rows = min(step, m - first)
+        rows -= rows % short if rows > short else 0
+        piece = slice(first, first + rows)
+        features, rest = _centred(block.x[piece], block.y[piece], centre, room)
+        if root is not None:
+            features *= root[piece]
+            rest *= root[piece].T
+        found = _multiplied(features, rest, min(short, rows), precision)
         products = found if products is None else np.add(products, found, out=products)
+        first += rows
     assert products is not None
     return products
 
 
-def _products_of_piece(
-    x: NDArray[np.float64],
-    y: NDArray[np.float64],
-    centre: NDArray[np.float64],
-    root: NDArray[np.float64] | None,
-    room: NDArray[np.float64],
-    precision: str,
-) -> NDArray[np.float64]:
-    """Return what `_products` does, of as many rows as there is room for.
+def _centred(
+    x: NDArray[np.float64], y: NDArray[np.float64], centre: NDArray[np.float64], room: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return, in `room`, the centred features as rows, and apart from them the targets and ones as columns.
 
-    Features and the rest lie apart, since NumPy subtracts one long row several times as fast as many short ones.
+    Apart, since NumPy subtracts one long row several times as fast as many short ones.
     """
     (m, p), q = x.shape, len(centre)
     features, rest = room[: m * p].reshape(m, p), room[m * p : m * (q + 1)].reshape(q + 1 - p, m)
@@ -98,30 +104,32 @@ def _products_of_piece(
     np.subtract(x.reshape(m // fold, -1), np.tile(centre[:p], fold), out=features.reshape(m // fold, -1))
     np.subtract(y.T, centre[p:, None], out=rest[:-1])
     rest[-1] = 1.0
-    if root is not None:
-        features *= root
-        rest *= root.T
-    return _multiplied(features, rest, precision)
+    return features, rest
 
 
-def _multiplied(features: NDArray[np.float64], rest: NDArray[np.float64], precision: str) -> NDArray[np.float64]:
+def _multiplied(features: NDArray[np.float64], rest: NDArray[np.float64], short: int, precision: str) -> NDArray[np.float64]:
     """Return the products with each other of all columns of `features`, (m, p), and rows of `rest`, (q + 1 - p, m).
 
-    The largest is the symmetric one, `z.T @ z` of one contiguous array: another spelling would give other bits. In single precision
-    it alone is made of float32 numbers, twice as fast; sums of products are float64 always.
+    Each `short` rows are summed by themselves, and then their sums: one call multiplies a stack of such pieces. The largest product
+    is the symmetric one, `z.T @ z` of one contiguous array: another spelling would give other bits. In single precision it alone is
+    made of float32 numbers, twice as fast; sums of products are float64 always.
     """
-    p = features.shape[1]
-    q = p + len(rest)
-    products = np.empty((q, q))
-    if precision == "double":
-        products[:p, :p] = features.T @ features
-    else:
-        single = features.astype(np.float32)
-        products[:p, :p] = single.T @ single
-    products[p:, :p] = rest @ features
+    p, others = features.shape[1], len(rest)
+    z = features.reshape(-1, short, p)
+    o = rest.reshape(others, -1, short).transpose(1, 0, 2)
+    square = z if precision == "double" else z.astype(np.float32)
+    products = np.empty((p + others, p + others))
+    products[:p, :p] = _sum(square.transpose(0, 2, 1) @ square)
+    products[p:, :p] = _sum(o @ z)
     products[:p, p:] = products[p:, :p].T
-    products[p:, p:] = rest @ rest.T
+    products[p:, p:] = _sum(o @ o.transpose(0, 2, 1))
     return products
+
+
+def _sum(stack: NDArray[Any]) -> NDArray[Any]:
+    """Return the sum of a stack of matrices; of one, without a copy."""
+    total: NDArray[Any] = stack[0] if len(stack) == 1 else stack.sum(axis=0, dtype=np.float64)
+    return total
 
 
 def exact_sum(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
