@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 Order = NDArray[np.int64]
-Places = Order | slice
 
 
 class Piece(NamedTuple):
@@ -124,7 +123,7 @@ def shuffled(
     ([0.0, 1.0, 2.0, 3.0, 4.0, 5.0], True)
     """
     buffer, out = np.empty((capacity, width)), np.empty((height, width))
-    number, at, slots = start.round, 0, _slots(seed, start.round, capacity, run)
+    number, at, order = start.round, 0, _order(seed, start.round, capacity, run)
     handed = max(number - 1, 0) * capacity  # rows up to `start.rows` are counted again, not handed out again
     here = before = start
     for unit, offset, rows in pieces:
@@ -132,52 +131,82 @@ def shuffled(
         while first < len(rows):
             if at == capacity:
                 number, at = number + 1, 0
-                slots = _slots(seed, number, capacity, run)
+                order = _order(seed, number, capacity, run)
             if at == 0:
                 before, here = here, Position(0, number, unit, offset + first)
             filled = handed % height
             count = min(len(rows) - first, capacity - at, height - filled if number else capacity)
-            places: Places = slice(at, at + count) if slots is None else slots[at : at + count]
             if number:
-                _take(buffer, places, out[filled : filled + count])
+                _take(buffer, order, at, run, out[filled : filled + count])
                 handed += count
-            _put(buffer, places, rows[first : first + count])
+            _put(buffer, order, at, run, rows[first : first + count])
             first, at = first + count, at + count
             if number and handed % height == 0 and handed > start.rows:
                 yield out, before._replace(rows=handed)
-    rest, done = _permutation(seed, number + 1, capacity if number else at, run), 0
-    while done < len(rest):
+    left, done = capacity if number else at, 0
+    order = _permutation(seed, number + 1, left, run)
+    while done < left:
         filled = handed % height
-        count = min(len(rest) - done, height - filled)
-        _take(buffer, rest[done : done + count], out[filled : filled + count])
+        count = min(left - done, height - filled)
+        _take(buffer, order, done, run, out[filled : filled + count])
         done, handed = done + count, handed + count
-        if (handed % height == 0 or done == len(rest)) and handed > start.rows:
+        if (handed % height == 0 or done == left) and handed > start.rows:
             yield out[: filled + count], before._replace(rows=handed)
 
 
-def _slots(seed: tuple[int, ...], number: int, capacity: int, run: int) -> Order | None:
-    """Return the order in which a round visits the slots, from the seed and the round alone; None for one after the other."""
+def _order(seed: tuple[int, ...], number: int, capacity: int, run: int) -> Order | None:
+    """Return the order in which a round visits the runs of slots, from the seed and its number alone; None for that of memory."""
     return _permutation(seed, number, capacity, run) if number % 2 else None
 
 
 def _permutation(seed: tuple[int, ...], number: int, length: int, run: int) -> Order:
-    runs = np.random.default_rng((*seed, number)).permutation(-(-length // run))
-    if run == 1:
-        return runs
-    places: Order = (runs[:, None] * run + np.arange(run)).ravel()
-    return places[places < length]
+    """Return a random order of the runs; a last one that is shorter comes last."""
+    whole = length // run
+    return np.append(np.random.default_rng((*seed, number)).permutation(whole), whole)
 
 
-def _take(buffer: Array, places: Places, out: Array) -> None:
-    if isinstance(places, slice):
-        out[:] = buffer[places]
-    else:
-        np.take(buffer, places, axis=0, out=out, mode="clip")  # "raise" would copy once more
+def _places(order: Order | None, at: int, stop: int, run: int) -> Iterator[tuple[int, Order | slice]]:
+    """Yield where the slots are that are visited from `at` to `stop`, and how many: numbers of whole runs, or a part of one."""
+    if order is None:
+        yield stop - at, slice(at, stop)
+        return
+    while at < stop:
+        number, within = divmod(at, run)
+        if within == 0 and (whole := (stop - at) // run):
+            count = whole * run
+            yield count, order[number : number + whole]
+        else:
+            count, first = min(run - within, stop - at), int(order[number]) * run + within
+            yield count, slice(first, first + count)
+        at += count
 
 
-def _put(buffer: Array, places: Places, rows: Array) -> None:
-    if isinstance(places, slice):
-        buffer[places] = rows
-    else:  # each row as one item: NumPy is slow where it has few numbers to walk along
-        item = np.dtype((np.void, rows.itemsize * rows.shape[1]))
-        np.put(buffer.view(item), places, rows.view(item), mode="clip")
+def _take(buffer: Array, order: Order | None, at: int, run: int, out: Array) -> None:
+    """Copy rows out of the slots visited from `at` on."""
+    done = 0
+    for count, places in _places(order, at, at + len(out), run):
+        to = out[done : done + count]
+        if isinstance(places, slice):
+            to[:] = buffer[places]
+        else:  # "raise" would copy once more
+            np.take(_runs(buffer, run), places, axis=0, out=_runs(to, run), mode="clip")
+        done += count
+
+
+def _put(buffer: Array, order: Order | None, at: int, run: int, rows: Array) -> None:
+    """Copy rows into the slots visited from `at` on."""
+    done = 0
+    for count, places in _places(order, at, at + len(rows), run):
+        new = rows[done : done + count]
+        if isinstance(places, slice):
+            buffer[places] = new
+        else:  # each run as one item: NumPy is slow where it has few numbers to walk along
+            item = np.dtype((np.void, run * rows.itemsize * rows.shape[1]))
+            np.put(_runs(buffer, run).view(item), places, _runs(new, run).view(item), mode="clip")
+        done += count
+
+
+def _runs(rows: Array, run: int) -> Array:
+    """Return rows as one long row for each whole run: a view."""
+    whole = len(rows) // run
+    return rows[: whole * run].reshape(whole, run * rows.shape[1])

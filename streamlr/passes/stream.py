@@ -170,7 +170,7 @@ def plan_stream(
         The buffer and one reader do not fit; the message has the numbers.
     """
     capacity = order.capacity(dataset, width)
-    buffer = capacity * (width + 2) * 8  # two integers a row for the order of its slots
+    buffer = (capacity * width + 2 * (capacity // order.run + 1)) * 8  # two integers a run for the order of its slots
     try:
         plan = make_plan(
             dataset,
