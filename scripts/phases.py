@@ -23,7 +23,10 @@ from typing import Any
 from ours import opened
 
 PHASES = {
-    "look through the store": ("streamlr.dataset.zarr_rows:ZarrRows.check_current", "streamlr.dataset.zarr_rows:ZarrRows.fingerprint"),
+    "look through the store": (
+        "streamlr.dataset.zarr_rows:ZarrRows.check_current",
+        "streamlr.dataset.zarr_rows:ZarrRows.fingerprint",
+    ),
     "read": ("streamlr.dataset.stored_chunks:StoredChunks.get",),
     "decode": ("streamlr.dataset.codecs:ChunkCodec.decode", "streamlr.dataset.codecs:ZarrCodec.decode"),
     "check and copy rows": ("streamlr.dataset.checked:DatasetReader.blocks",),

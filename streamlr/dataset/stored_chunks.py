@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Coroutine, Iterable
+from collections.abc import Iterable
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from streamlr.dataset.buffers import Buffer
 from streamlr.dataset.codecs import ABSENT, ShardIndex, check_memory, shard_index
 from streamlr.dataset.files_ahead import Files
 from streamlr.dataset.integrity import CHECKSUM_BYTES, chunk_keys, describe_chunk, local_root
-from streamlr.dataset.read_ahead import ReadAhead, chunks_ahead
+from streamlr.dataset.read_ahead import Question, ReadAhead, chunks_ahead
 from streamlr.errors import ChunkCorrupt, ChunkMissing, DataError
 
 PAUSES = (0.1, 0.5)  # seconds before a failed read is tried again: networks and network disks fail for a moment
@@ -70,6 +71,8 @@ class StoredChunks:
         Whatever was expected before is dropped.
         """
         if self._files is None:
+            for index in self._indexes.values():
+                index.cancel()  # it may be that what waits for it has not begun to wait
             self._indexes.clear()
             self._ahead.expect(positions)
         elif self._per_shard is None:
@@ -170,17 +173,20 @@ class StoredChunks:
         stored: Any = None if found is None else found.as_numpy_array()  # no copy
         return None if stored is None else memoryview(stored).cast("B").toreadonly()
 
-    async def _ask_chunk(self, position: Position) -> Early:
-        return [], [await self._ask(self._key(position), None)]
+    def _ask_chunk(self, position: Position) -> Question[Early]:
+        return partial(self._ask_whole, self._key(position))
 
-    def _ask_inner(self, position: Position) -> Coroutine[Any, Any, Early]:
+    async def _ask_whole(self, key: str) -> Early:
+        return [], [await self._ask(key, None)]
+
+    def _ask_inner(self, position: Position) -> Question[Early]:
         """Ask for a chunk in a shard; for the shard's index too, where nobody has yet."""
         shard, place = self._placed(position)
         if shard in self._shards or self._index is None:
-            return self._ask_part(shard, place, None)
+            return partial(self._ask_part, shard, place, None)
         if shard not in self._indexes:
             self._indexes[shard] = self._ahead.start(self._ask_index(shard, self._index))
-        return self._ask_part(shard, place, self._indexes[shard])
+        return partial(self._ask_part, shard, place, self._indexes[shard])
 
     async def _ask_part(self, shard: Position, place: Position, index: Future[tuple[Answer, Entries | None]] | None) -> Early:
         early: list[Answer] = []

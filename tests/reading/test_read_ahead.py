@@ -22,10 +22,11 @@ from zarr.storage import LocalStore, MemoryStore, WrapperStore
 import streamlr
 from streamlr.dataset import files_ahead, read_ahead, stored_chunks
 from streamlr.dataset.blocks import Span
-from streamlr.dataset.read_ahead import AHEAD_BYTES, REQUESTS, ReadAhead, chunks_ahead
+from streamlr.dataset.read_ahead import AHEAD_BYTES, ReadAhead, chunks_ahead
 from streamlr.errors import ChunkCorrupt, ChunkMissing, DataError
 
 N, P, CHUNK = 9_000, 127, 300  # tiles of 4,096 rows
+REQUESTS = 8  # so that not all that there are is asked for at once
 LAYOUTS = {
     "plain": {"chunks": (CHUNK, P), "compressors": None},
     "compressed": {"chunks": (CHUNK, P), "compressors": [ZstdCodec()]},
@@ -102,6 +103,7 @@ class FaultyStore(WatchedStore):
 @pytest.fixture(autouse=True)
 def one_worker_and_no_pauses(monkeypatch):
     monkeypatch.setattr(stored_chunks, "PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(read_ahead, "REQUESTS", REQUESTS)
     with dask.config.set(num_workers=1):
         yield
 
