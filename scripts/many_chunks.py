@@ -1,21 +1,26 @@
 """Plan a fit of a million chunks: `python scripts/many_chunks.py` prints one JSON object; with `--read` it reads them all too.
 
-No disk has to hold them: every chunk of the store is the same one.
+No disk has to hold them: every chunk of the store is the same one. What a chunk costs is told beside what its decoding costs, which
+threads that do nothing else need for as many.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Annotated, Any
 
 import numpy as np
 import typer
 import zarr
+from limits import on_threads
+from zarr.buffer import default_buffer_prototype
+from zarr.core.sync import sync
 from zarr.storage import MemoryStore, WrapperStore
 
 FEATURES, ROWS = 100, 82  # of a chunk of 64 KB
+TARGETS = 8192  # in a chunk of 64 KB
 
 
 class ManyChunks(WrapperStore[Any]):
@@ -74,10 +79,27 @@ def many_chunks_of(count: int) -> ManyChunks:
     kept: dict[str, Any] = {}
     group = zarr.open_group(MemoryStore(kept), mode="w")
     generator = np.random.default_rng(0)
-    for name, width in (("X", (FEATURES,)), ("y", ())):
-        array = group.create_array(name, shape=(count * ROWS, *width), chunks=(ROWS, *width), dtype="float64")
-        array[:ROWS] = generator.normal(size=(ROWS, *width))
+    for name, rows, width in (("X", ROWS, (FEATURES,)), ("y", TARGETS, ())):
+        array = group.create_array(name, shape=(count * ROWS, *width), chunks=(rows, *width), dtype="float64")
+        first = min(rows, count * ROWS)
+        array[:first] = generator.normal(size=(first, *width))
     return ManyChunks(MemoryStore(kept, read_only=True), count)
+
+
+def decode_alone(store: ManyChunks, count: int) -> float:
+    """Return how many seconds threads, one a core, need to decode as many chunks of X into memory that each uses again."""
+    import numcodecs
+
+    stored = sync(store.get("X/c/0/0", default_buffer_prototype())).to_bytes()
+
+    def work(following: Callable[[], int]) -> None:
+        codec, room = numcodecs.Zstd(), np.empty(ROWS * FEATURES)
+        while following() < count:
+            codec.decode(stored, out=room)
+
+    began = time.perf_counter()
+    on_threads(work)
+    return time.perf_counter() - began
 
 
 def main(
@@ -106,6 +128,8 @@ def main(
     if read:
         outcome["rows read"] = streamlr.accumulate(dataset).n
         outcome["read"] = time.perf_counter() - planned
+        outcome["decode alone"] = decode_alone(store, chunks)
+        outcome["read / decode alone"] = outcome["read"] / outcome["decode alone"]
     print(json.dumps(outcome))
 
 
