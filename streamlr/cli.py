@@ -12,7 +12,7 @@ import typer
 
 from streamlr.errors import DataError, UsageError
 from streamlr.files import check_output
-from streamlr.terminal import Outcome, command, echo, run_app
+from streamlr.terminal import Outcome, command, crew, echo, progress_on_terminal, run_app
 
 Data = Annotated[str, typer.Argument(metavar="DATA", help="A zarr array or group.", show_default=False)]
 ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help="A model file that `fit --out` wrote.", show_default=False)]
@@ -20,6 +20,11 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on sta
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
 MemoryLimit = Annotated[str | None, typer.Option(help="For example 2GB; by default most of what the process may use.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Tasks at once; by default Dask's num_workers, else one per processor.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Instead of threads, so many processes: a Dask cluster of this machine.")]
+Scheduler = Annotated[str | None, typer.Option(metavar="tcp://HOST:PORT", help="Run on the Dask cluster of this scheduler.")]
+Authority = Annotated[str | None, typer.Option("--tls-ca", help="Of a scheduler at tls://: the authority's certificate.")]
+Certificate = Annotated[str | None, typer.Option("--tls-cert", help="This side's certificate.")]
+Secret = Annotated[str | None, typer.Option("--tls-key", help="Its key.")]
 Missing = Annotated[str, typer.Option(metavar="error|drop", help="What a NaN does: stop, or leave the row out and count it.")]
 AllowMissing = Annotated[bool, typer.Option("--allow-missing-chunks", help="Read absent chunks as fill values, and count them.")]
 Target = Annotated[str | None, typer.Option(help="Name of the target, or several with commas; by default what the store says.")]
@@ -27,7 +32,6 @@ Features = Annotated[str | None, typer.Option(help="A 2-D array, or names of arr
 Weights = Annotated[str | None, typer.Option(help="Name of the weights.")]
 SOLVERS = "auto|normal|gd|minibatch|sgd"
 RATES = "Or inverse:RATE,POWER,STEPS, exponential:RATE,FACTOR,STEPS, cosine:RATE,STEPS; rates of scaled columns."
-SCHEDULES = {"constant": "Constant", "inverse": "InverseScaling", "exponential": "Exponential", "cosine": "Cosine"}
 DESCENT: dict[str, Any] = {"rich_help_panel": "Gradient descent", "show_default": False}
 
 
@@ -106,11 +110,21 @@ def inspect(data: Data, memory_limit: MemoryLimit = None, as_json: Json = False)
 
 
 @command
-def verify(data: Data, memory_limit: MemoryLimit = None, threads: Threads = None, as_json: Json = False) -> Outcome:
+def verify(
+    data: Data,
+    memory_limit: MemoryLimit = None,
+    threads: Threads = None,
+    workers: Workers = None,
+    scheduler: Scheduler = None,
+    tls_ca: Authority = None,
+    tls_cert: Certificate = None,
+    tls_key: Secret = None,
+    as_json: Json = False,
+) -> Outcome:
     """Read every chunk of every array of numbers, and name those that are missing or damaged."""
     from streamlr.inspection import verify as run
 
-    with _workers(threads), _progress() as progress:
+    with crew(threads, workers, scheduler, (tls_ca, tls_cert, tls_key)), progress_on_terminal() as progress:
         found = run(data, memory_limit=memory_limit, progress=progress)
     facts = {**asdict(found), "n_problems": len(found.problems)}
     return Outcome(str(found), facts, DataError.exit_status if found.problems else 0)
@@ -130,6 +144,11 @@ def fit(
     allow_missing_chunks: AllowMissing = False,
     memory_limit: MemoryLimit = None,
     threads: Threads = None,
+    workers: Workers = None,
+    scheduler: Scheduler = None,
+    tls_ca: Authority = None,
+    tls_cert: Certificate = None,
+    tls_key: Secret = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
     batch_size: Annotated[int | None, typer.Option(help="Rows of a batch: 256, or more if columns are few.", **DESCENT)] = None,
@@ -171,8 +190,9 @@ def fit(
     """Fit a linear model to every row, exactly or by gradient descent, and print its coefficients."""
     from streamlr.api import fit as run
     from streamlr.passes.write import check_apart
+    from streamlr.solver_flags import solver_of
 
-    chosen = _solver(
+    chosen = solver_of(
         solver,
         batch_size=batch_size,
         learning_rate=learning_rate,
@@ -200,7 +220,7 @@ def fit(
         raise UsageError(f"--out and --checkpoint are both {out}; choose another path for one of them")
     if checkpoint is not None and checkpoint.exists():
         echo(f"going on from {checkpoint}", err=True)
-    with _workers(threads), _progress() as progress:
+    with crew(threads, workers, scheduler, (tls_ca, tls_cert, tls_key)), progress_on_terminal() as progress:
         model = run(
             dataset,
             chosen,
@@ -228,6 +248,11 @@ def evaluate(
     allow_missing_chunks: AllowMissing = False,
     memory_limit: MemoryLimit = None,
     threads: Threads = None,
+    workers: Workers = None,
+    scheduler: Scheduler = None,
+    tls_ca: Authority = None,
+    tls_cert: Certificate = None,
+    tls_key: Secret = None,
     as_json: Json = False,
 ) -> Outcome:
     """Print the cost of a model on any rows: mean squared error, its root, mean absolute error, R^2."""
@@ -236,7 +261,7 @@ def evaluate(
 
     fitted = load_model(model)
     dataset = _open(data, target, features, weights, missing, allow_missing_chunks)
-    with _workers(threads), _progress() as progress:
+    with crew(threads, workers, scheduler, (tls_ca, tls_cert, tls_key)), progress_on_terminal() as progress:
         cost = run(fitted, dataset, memory_limit=memory_limit, progress=progress or False)
     return Outcome(str(cost), cost.to_dict())
 
@@ -251,6 +276,11 @@ def predict(
     allow_missing_chunks: AllowMissing = False,
     memory_limit: MemoryLimit = None,
     threads: Threads = None,
+    workers: Workers = None,
+    scheduler: Scheduler = None,
+    tls_ca: Authority = None,
+    tls_cert: Certificate = None,
+    tls_key: Secret = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> Outcome:
@@ -260,50 +290,11 @@ def predict(
 
     fitted = load_model(model)
     dataset = _open(data, None, features, None, missing, allow_missing_chunks)
-    with _workers(threads), _progress() as progress:
+    with crew(threads, workers, scheduler, (tls_ca, tls_cert, tls_key)), progress_on_terminal() as progress:
         tally = run(fitted, dataset, out, overwrite=overwrite, memory_limit=memory_limit, progress=progress or False)
     lacking = f", {tally.dropped:,} of them NaN for missing values" if tally.dropped else ""
     facts = {"path": str(out), "n_rows": tally.rows, "n_missing": tally.dropped, "chunks_missing": tally.chunks_missing}
     return Outcome(f"{out}: {tally.rows:,} predictions{lacking}", facts)
-
-
-def _solver(name: str, **options: Any) -> Any:
-    """Return what --solver names, with those options of a descent that were given."""
-    from streamlr.descent.options import MODES, Descent
-
-    given = {option: value for option, value in options.items() if value is not None}
-    if name not in MODES:
-        if given:
-            flag = "--" + next(iter(given)).replace("_", "-")
-            raise UsageError(
-                f"{flag} is an option of gradient descent, and the solver is {name!r}; add --solver minibatch, sgd or gd"
-            )
-        return name
-    if given.get("scale") == "none":
-        given["scale"] = None
-    if "learning_rate" in given:
-        given["learning_rate"] = _learning_rate(given["learning_rate"])
-    return Descent(name, **given)
-
-
-def _learning_rate(text: str) -> Any:
-    """Return what --learning-rate names: "auto", a number, or a schedule such as cosine:0.1,1000."""
-    from streamlr.descent import schedules
-
-    if text == "auto":
-        return text
-    name, _, numbers = text.rpartition(":")
-    try:
-        values = [float(number) for number in numbers.split(",")]
-        return getattr(schedules, SCHEDULES[name or "constant"])(*values)
-    except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, UsageError):
-            raise
-        allowed = ", ".join(f"{name}:..." for name in SCHEDULES)
-        raise UsageError(
-            f"the learning rate is {text!r}; allowed are auto, a number, and {allowed} with the schedule's numbers, such as "
-            "cosine:0.1,20000; they count steps"
-        ) from error
 
 
 def _open(data: str, target: str | None, features: str | None, weights: str | None, missing: str, allow: bool) -> Any:
@@ -321,18 +312,6 @@ def _open(data: str, target: str | None, features: str | None, weights: str | No
 
 def _names(text: str | None) -> list[str] | None:
     return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
-
-
-def _workers(threads: int | None) -> Any:
-    import dask
-
-    return nullcontext() if threads is None else dask.config.set(num_workers=threads)
-
-
-def _progress() -> Any:
-    from streamlr.passes.progress import progress_bar
-
-    return progress_bar() if sys.stderr.isatty() else nullcontext()
 
 
 def main() -> None:

@@ -118,6 +118,10 @@ class MemoryLimitExceeded(ResourceError, MemoryError):
     """The plan needs more memory than the limit allows."""
 
 
+class ClusterError(ResourceError):
+    """A Dask cluster cannot do the work: it has no workers, they died, or they do not have what they need."""
+
+
 class Cancelled(StreamlrError, RuntimeError):
     """A pass was cancelled while it ran."""
 

@@ -1,4 +1,4 @@
-"""What every command shares: how it is registered, what it prints, and how it ends."""
+"""What every command shares: how it is registered, who does its work, what it prints, and how it ends."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any
 
 import typer
 
-from streamlr.errors import Diverged, ResourceError, StreamlrError
+from streamlr.errors import Diverged, ResourceError, StreamlrError, UsageError
 from streamlr.files import to_json
 
 STOPPED = 128  # a process that a signal stopped ends with this and the signal's number: 130 or 143
@@ -77,6 +78,36 @@ def command(function: Callable[..., Outcome]) -> Callable[..., None]:
         raise typer.Exit(outcome.exit_status)
 
     return run
+
+
+@contextmanager
+def crew(threads: int | None, workers: int | None, scheduler: str | None, certificates: Sequence[str | None]) -> Iterator[None]:
+    """Run tasks on so many threads, on a cluster of so many processes, or on that of a scheduler, while the block runs."""
+    import dask
+
+    given = {"--threads": threads, "--workers": workers, "--scheduler": scheduler}
+    chosen = [flag for flag, value in given.items() if value is not None]
+    if len(chosen) > 1:
+        raise UsageError(f"{' and '.join(chosen)} are different ways to run; choose one of them")
+    if any(certificates) and scheduler is None:
+        raise UsageError("--tls-ca, --tls-cert and --tls-key are for the scheduler of --scheduler tls://HOST:PORT; name it")
+    if workers is None and scheduler is None:
+        with nullcontext() if threads is None else dask.config.set(num_workers=threads):
+            yield
+        return
+    from streamlr.passes.cluster import connected
+
+    with connected(scheduler, workers, certificates) as dashboard:
+        if sys.stderr.isatty():
+            echo(f"dashboard: {dashboard}", err=True)
+        yield
+
+
+def progress_on_terminal() -> Any:
+    """Return a context in which passes are shown as bars, if standard error is a terminal; it yields None elsewhere."""
+    from streamlr.passes.progress import progress_bar
+
+    return progress_bar() if sys.stderr.isatty() else nullcontext()
 
 
 def run_app() -> None:

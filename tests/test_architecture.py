@@ -29,6 +29,7 @@ FLOORS = [
     "sgd_estimator",
     "inspection",
     "demo",
+    "solver_flags",
     "terminal",
     "cli",
 ]

@@ -74,9 +74,9 @@ def test_verify_runs_as_many_tasks_as_fit_into_memory(store, monkeypatch):
     used: list[int] = []
     compute = passes_verify.compute
 
-    def noting(root, tasks_at_once):
+    def noting(root, arrays, key, tasks_at_once):
         used.append(tasks_at_once)
-        return compute(root, tasks_at_once)
+        return compute(root, arrays, key, tasks_at_once)
 
     monkeypatch.setattr(passes_verify, "compute", noting)
     monkeypatch.setattr(passes_verify, "worker_count", lambda: 8)

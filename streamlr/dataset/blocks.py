@@ -158,6 +158,8 @@ class Plan:
         Rows in a tile; spans, and tasks in all, merges included.
     tasks_at_once : int
         Tasks that run together: as many as there are workers, fewer where memory is short.
+    tasks_per_process : int
+        Those of them that share a process and its memory: all, but on a cluster the threads of a worker.
     bytes_read : int
         Decoded bytes of one pass.
     base_bytes, task_bytes, result_bytes, solution_bytes : int
@@ -179,6 +181,7 @@ class Plan:
     n_spans: int
     n_tasks: int
     tasks_at_once: int
+    tasks_per_process: int
     bytes_read: int
     base_bytes: int
     task_bytes: int
@@ -202,7 +205,7 @@ class Plan:
                 f"tasks           {self.n_tasks:,} ({self.n_spans:,} spans), {self.tasks_at_once} at once",
                 f"tile            {self.tile_rows:,} rows",
                 f"memory, peak    {format_bytes(self.peak_bytes)} = {format_bytes(self.base_bytes)} for Python and imports"
-                f" + {self.tasks_at_once} x {format_bytes(self.task_bytes)} + {format_bytes(self.result_bytes)} of results;"
+                f" + {self.tasks_per_process} x {format_bytes(self.task_bytes)} + {format_bytes(self.result_bytes)} of results;"
                 f" {format_bytes(self.solution_bytes)} to solve, later",
                 f"memory, limit   {format_bytes(self.limit_bytes)} ({self.limit_source})",
             ]

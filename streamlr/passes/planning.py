@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Sequence
 from typing import Any
-
-import dask
-import dask.base
-from dask.system import CPU_COUNT
 
 from streamlr.aggregates.tree import Statistic, open_nodes
 from streamlr.dataset.blocks import Plan, Span, format_bytes, spans, tile_rows
 from streamlr.dataset.dask_rows import DaskRows
 from streamlr.dataset.dataset import Dataset
 from streamlr.errors import MemoryLimitExceeded
+from streamlr.passes.cluster import workers_of
 from streamlr.passes.memory import memory_in_use, memory_limit
+from streamlr.passes.schedulers import active_client, worker_count
 
 FAN_IN = 4  # partials that one merging task joins
 OPEN_BYTES = 32 * 2**20  # what a span may leave; more, and it is cut at powers of two of tiles, to leave one node
@@ -57,7 +53,6 @@ def draft_pass(
     solution_bytes : int
         What the solver needs afterwards.
     """
-    workers = worker_count()
     width = dataset.n_features + dataset.n_targets
     tile = tile_rows(width, statistic.nbytes)
     tile_bytes = min(tile, dataset.stored_rows) * width * 8
@@ -73,7 +68,7 @@ def draft_pass(
             dataset.row_bytes,
             tile=tile,
             chunks=chunks,
-            workers=workers,
+            workers=tasks_together(),
             whole_tiles=whole_tiles,
         )
     tiles = -(-max(span.stop - span.start for span in cut) // tile) + 1
@@ -104,13 +99,16 @@ def draft_pass(
 def check_plan(plan: Plan) -> None:
     """Raise `MemoryLimitExceeded` unless a plan fits into its limit with one task at a time."""
     if not plan.fits:
-        needed = plan.base_bytes + max(plan.result_bytes + plan.task_bytes, plan.solution_bytes)
+        together = plan.tasks_per_process
+        needed = plan.base_bytes + max(plan.result_bytes + together * plan.task_bytes, plan.solution_bytes)
+        tasks = "one task at a time needs" if together == 1 else f"the {together} tasks that a worker runs at once need"
+        fewer = "" if together == 1 else ", or start workers with fewer threads"
         raise MemoryLimitExceeded(
-            f"one task at a time needs {format_bytes(needed)} ({format_bytes(plan.base_bytes)} for Python; then "
-            f"{format_bytes(plan.task_bytes)} for decoded chunks and tiles and {format_bytes(plan.result_bytes)} for results and "
-            f"buffers, and later {format_bytes(plan.solution_bytes)} to solve for {plan.n_features:,} columns), and the limit is "
+            f"{tasks} {format_bytes(needed)} ({format_bytes(plan.base_bytes)} for Python; then {format_bytes(plan.task_bytes)} a "
+            f"task for decoded chunks and tiles and {format_bytes(plan.result_bytes)} for results and buffers, and later "
+            f"{format_bytes(plan.solution_bytes)} to solve for {plan.n_features:,} columns), and the limit is "
             f"{format_bytes(plan.limit_bytes)} ({plan.limit_source}); raise memory_limit (--memory-limit), rewrite the store with "
-            "smaller chunks, or use fewer columns"
+            f"smaller chunks, or use fewer columns{fewer}"
         )
 
 
@@ -133,14 +131,24 @@ def draft_plan(
     passes: int = 1,
     tile: int | None = None,
     memory: int | str | None,
+    here: bool = False,
 ) -> Plan:
     """Return the plan of these spans with as many tasks at once as the limit allows; none where not even one fits.
 
-    The solution is made when no task runs any more, so the peak is the larger of the two.
+    The solution is made when no task runs any more, so the peak is the larger of the two. On a cluster the memory is a worker's,
+    which runs as many tasks at once as it has threads, whatever they need; but tasks that are threads of this process stay `here`.
     """
-    limit, source = memory_limit(memory)
-    base = memory_in_use(source)
-    at_once = min(worker_count(), len(cut), max(limit - base - result_bytes, 0) // task_bytes)
+    client = None if here else active_client()
+    if client is None:
+        limit, source = memory_limit(memory)
+        base = memory_in_use(source)
+        at_once = min(worker_count(), len(cut), max(limit - base - result_bytes, 0) // task_bytes)
+        together = max(at_once, 1)
+    else:
+        workers = workers_of(client)
+        limit, source = workers.memory_limit(memory)
+        base, together = workers.used_bytes, min(workers.together, len(cut))
+        at_once = min(workers.threads, len(cut)) if base + result_bytes + together * task_bytes <= limit else 0
     return Plan(
         solver=task,
         n_rows=dataset.stored_rows,
@@ -151,15 +159,22 @@ def draft_plan(
         n_spans=len(cut),
         n_tasks=len(cut) + merges,
         tasks_at_once=at_once,
+        tasks_per_process=together,
         bytes_read=dataset.stored_rows * dataset.row_bytes,
         base_bytes=base,
         task_bytes=task_bytes,
         result_bytes=result_bytes,
         solution_bytes=solution_bytes,
-        peak_bytes=base + max(result_bytes + at_once * task_bytes, solution_bytes),
+        peak_bytes=base + max(result_bytes + together * task_bytes * (at_once > 0), solution_bytes),
         limit_bytes=limit,
         limit_source=source,
     )
+
+
+def tasks_together() -> int:
+    """Return how many tasks run at once: on the workers of an active client, else on this machine."""
+    client = active_client()
+    return worker_count() if client is None else workers_of(client).threads
 
 
 def block_spans(rows: DaskRows) -> list[Span]:
@@ -170,32 +185,3 @@ def block_spans(rows: DaskRows) -> list[Span]:
             cut.append(Span(start, start + int(size)))
             start += int(size)
     return cut
-
-
-def worker_count() -> int:
-    """Return how many tasks Dask would run at once: its `num_workers`, else one for each processor this process may use."""
-    if has_pool():
-        return int(dask.config.get("num_workers", None) or CPU_COUNT or 1)
-    scheduler = ambient_scheduler()
-    return 1 if getattr(scheduler, "__name__", "") == "get_sync" else int(CPU_COUNT or os.cpu_count() or 1)
-
-
-def ambient_scheduler() -> Any:
-    """Return the scheduler that Dask's settings or an active client ask for, or None when nobody asked.
-
-    Dask looks for a client by importing `distributed`, a second and 60 MB; but there is none before somebody else imported it.
-    """
-    if dask.config.get("scheduler", None) is None and "distributed" not in sys.modules:
-        return None
-    return dask.base.get_scheduler()
-
-
-def is_threaded() -> bool:
-    """Whether Dask's ambient scheduler is the threaded one, which is what it is when nobody chose another."""
-    scheduler = ambient_scheduler()
-    return scheduler is None or getattr(scheduler, "__module__", "") == "dask.threaded"
-
-
-def has_pool() -> bool:
-    """Whether it runs tasks on so many threads or processes of this machine as it is told."""
-    return is_threaded() or getattr(ambient_scheduler(), "__module__", "") == "dask.multiprocessing"

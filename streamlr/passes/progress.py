@@ -7,15 +7,17 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from streamlr.dataset.checked import DatasetReader
 from streamlr.dataset.tally import Tally
 from streamlr.errors import Cancelled
+from streamlr.passes.cluster import tell
 
 PATIENCE = 1.5  # seconds to wait for tasks to notice that they are cancelled; Ctrl-C should end the process within two
+TELL = 0.5  # seconds between what a task tells a pass of another process
 CANCELLED = "the pass was cancelled; nothing was written"
 _AT_IMPORT = secrets.token_hex(8)
 
@@ -90,8 +92,8 @@ class RunningPass:
         if self._callback is None:
             return
         with self._lock:
-            self._rows += tally.rows
             total = self._rows_total
+            self._rows = min(self._rows + tally.rows, total)  # a worker that died may have told of rows that another reads again
             seconds = time.monotonic() - self._began
             self._callback(Event(self._task, self._rows, total, self._rows * self._row_bytes, total * self._row_bytes, seconds))
 
@@ -127,26 +129,51 @@ def find_pass(key: str) -> RunningPass | None:
     return state
 
 
+class PassElsewhere:
+    """A task's view of a pass that runs in another process, to which it tells what it has done every now and then."""
+
+    def __init__(self, key: str) -> None:
+        self.readers: list[DatasetReader] = []
+        self._key = key
+        self._rows = 0
+        self._told = time.monotonic()
+
+    @contextmanager
+    def task(self) -> Iterator[None]:
+        """Tell of the last rows when the block ends."""
+        yield
+        self._tell()
+
+    def note(self, tally: Tally) -> None:
+        """Count rows that were read."""
+        self._rows += tally.rows
+        if time.monotonic() - self._told > TELL:
+            self._tell()
+
+    def _tell(self) -> None:
+        tell(self._key, self._rows)
+        self._rows, self._told = 0, time.monotonic()
+
+
 class Share:
     """One task's share of a pass: what it has met so far."""
 
-    def __init__(self, state: RunningPass | None) -> None:
+    def __init__(self, state: RunningPass | PassElsewhere) -> None:
         self.tally = Tally()
-        self.readers: list[DatasetReader] = [] if state is None else state.readers
+        self.readers = state.readers
         self._state = state
 
     def note(self, tally: Tally) -> None:
         """Count rows here and in the pass; raises `Cancelled` when the pass is to stop."""
         self.tally += tally
-        if self._state is not None:
-            self._state.note(tally)
+        self._state.note(tally)
 
 
 @contextmanager
 def share_of_pass(key: str) -> Iterator[Share]:
     """Take part in the pass under `key`, as one task, while the block runs."""
-    state = find_pass(key)
-    with nullcontext() if state is None else state.task():
+    state = find_pass(key) or PassElsewhere(key)
+    with state.task():
         yield Share(state)
 
 

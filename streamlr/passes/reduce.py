@@ -76,7 +76,7 @@ def reduce(
                 parts.append(delayed(merge)(*group, dask_key_name=f"merge-{key}-{number}"))
                 number += 1
         with errors_of_graphs(dataset):
-            partial, tally = compute(parts[0], plan.tasks_at_once)
+            partial, tally = compute(parts[0], dataset.arrays, key, plan.tasks_at_once)
     end(dataset, before, tally)
     return Reduced(partial.result(), tally, plan)
 
@@ -93,5 +93,6 @@ def read_span(dataset: Dataset, span: Span, tree: Tree, statistic: Statistic[S],
 def merge(*parts: tuple[Partial[S], Tally]) -> tuple[Partial[S], Tally]:
     """Task: join partials, in whatever order; nothing that was passed in is changed."""
     first = parts[0][0]
-    joined = Partial(first.tree, first.statistic).join(partial for partial, _ in parts)
+    with one_blas_thread():  # ends of spans that meet become tiles here
+        joined = Partial(first.tree, first.statistic).join(partial for partial, _ in parts)
     return joined, sum((tally for _, tally in parts), Tally())

@@ -181,6 +181,7 @@ def plan_stream(
             result_bytes=max(buffer + order.stretch_rows(width) * width * 8, sample_bytes) + state_bytes,
             passes=passes,
             memory=memory,
+            here=True,
         )
         return replace(plan, n_tasks=plan.tasks_at_once)  # threads that read, each its share of the units
     except MemoryLimitExceeded as error:

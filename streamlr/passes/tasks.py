@@ -14,24 +14,34 @@ from dask.threaded import get as threaded_get
 from streamlr.dataset.blocks import Block, Span
 from streamlr.dataset.dask_rows import DaskRows
 from streamlr.dataset.dataset import Dataset
-from streamlr.dataset.rows import MemoryRows, plain_array
+from streamlr.dataset.rows import MemoryRows, Rows, plain_array
 from streamlr.dataset.tally import Tally
 from streamlr.dataset.zarr_rows import ZarrRows
 from streamlr.errors import DataError, RowCountMismatch, StoreChanged, StreamlrError
+from streamlr.passes.cluster import check_workers, run_on
 from streamlr.passes.memory import one_blas_thread
-from streamlr.passes.planning import has_pool, is_threaded
-from streamlr.passes.progress import Share
+from streamlr.passes.progress import Share, find_pass
+from streamlr.passes.schedulers import active_client, has_pool, is_threaded
 
 
 def span_tasks(dataset: Dataset, cut: Sequence[Span], name: str, function: Any, arguments: tuple[Any, ...]) -> list[Delayed]:
-    """Return one task for each span, given integers, one shared description of the dataset, and blocks of Dask arrays."""
+    """Return one task for each span, given integers, one shared description of the dataset, and blocks of Dask arrays.
+
+    NumPy rows, which lie where they are needed on threads, go to a cluster as blocks too.
+    """
+    sent = active_client() is not None
     sizes = tuple(span.stop - span.start for span in cut)
-    lazy = [rows.in_rows(sizes).to_delayed().ravel() for rows in dataset.arrays if isinstance(rows, DaskRows)]
+    blocks: list[Sequence[Any]] = []
+    for rows in dataset.arrays:
+        if isinstance(rows, DaskRows):
+            blocks.append(rows.in_rows(sizes).to_delayed().ravel())
+        elif sent and isinstance(rows, MemoryRows):
+            blocks.append([rows.array[span.start : span.stop] for span in cut])
     key = arguments[-1]
-    shared = delayed(_described(dataset), traverse=False, name=f"dataset-{key}")
+    shared = delayed(_described(dataset, sent=sent), traverse=False, name=f"dataset-{key}")
     context = [delayed(value, traverse=False, name=f"context-{key}-{i}") for i, value in enumerate(arguments)]
     return [
-        delayed(function)(shared, span, *context, *(blocks[i] for blocks in lazy), dask_key_name=f"{name}-{key}-{i}")
+        delayed(function)(shared, span, *context, *(of_array[i] for of_array in blocks), dask_key_name=f"{name}-{key}-{i}")
         for i, span in enumerate(cut)
     ]
 
@@ -73,11 +83,18 @@ def with_computed(dataset: Dataset, span: Span) -> Dataset:
     lazy = [rows.array[span.start : span.stop] for rows in dataset.arrays if isinstance(rows, DaskRows)]
     options = {"scheduler": "sync"} if is_threaded() else {}  # who calls this is one of several threads already
     with errors_of_graphs(dataset):
-        return with_blocks(_described(dataset), span, dask_compute(*lazy, **options))
+        return with_blocks(_described(dataset, sent=False), span, dask_compute(*lazy, **options))
 
 
-def compute(root: Delayed, tasks_at_once: int) -> Any:
-    """Run a graph on Dask's ambient scheduler, on as many threads or processes as planned where they are this machine's."""
+def compute(root: Delayed, arrays: Sequence[Rows], key: str, tasks_at_once: int) -> Any:
+    """Run the graph of a pass over some arrays on Dask's ambient scheduler: the cluster of an active client, or this machine.
+
+    Here it runs on as many threads or processes as planned.
+    """
+    if client := active_client():
+        check_workers(client, arrays)
+        state = find_pass(key)
+        return run_on(client, root, key, lambda rows: None if state is None else state.note(Tally(rows=rows)))
     options: dict[str, Any] = {"num_workers": tasks_at_once} if has_pool() else {}
     if is_threaded():
         options["scheduler"] = threaded_get
@@ -120,12 +137,14 @@ def end(dataset: Dataset, before: str | None, tally: Tally) -> None:
             raise _changed(dataset)
 
 
-def _described(dataset: Dataset) -> Dataset:
-    """Return the dataset with places in it for the computed blocks of its Dask arrays."""
-    described: list[Any] = [
-        _Computed(rows.label, rows.n_columns) if isinstance(rows, DaskRows) else rows for rows in dataset.arrays
-    ]
-    return dataset.with_rows(described)
+def _described(dataset: Dataset, *, sent: bool) -> Dataset:
+    """Return the dataset with places in it for blocks that arrive with the tasks: of Dask arrays, and of NumPy's if `sent`."""
+
+    def place(rows: Any) -> Any:
+        comes = isinstance(rows, DaskRows) or (sent and isinstance(rows, MemoryRows))
+        return _Computed(rows.label, rows.n_columns) if comes else rows
+
+    return dataset.with_rows([place(rows) for rows in dataset.arrays])
 
 
 def _check_current(dataset: Dataset) -> bool:
@@ -145,7 +164,7 @@ def _changed(dataset: Dataset) -> StoreChanged:
 
 @dataclass(frozen=True, slots=True)
 class _Computed:
-    """Stands, in the description sent to tasks, for a Dask array whose blocks arrive as arguments."""
+    """Stands, in the description sent to tasks, for an array whose blocks arrive as arguments."""
 
     label: str
     n_columns: int

@@ -12,8 +12,8 @@ from streamlr.dataset.tally import Tally
 from streamlr.dataset.zarr_rows import ZarrRows
 from streamlr.errors import DataError, MemoryLimitExceeded
 from streamlr.passes.memory import memory_in_use, memory_limit
-from streamlr.passes.planning import worker_count
 from streamlr.passes.progress import Callback, find_pass, running_pass
+from streamlr.passes.schedulers import worker_count
 from streamlr.passes.tasks import compute
 
 
@@ -70,7 +70,7 @@ def verify_chunks(
             each = max(span_bytes // max(height * rows.row_bytes, 1), 1)
             for first in range(0, n_row_chunks, each):
                 tasks.append(delayed(check_rows_of_chunks)(rows, Span(first, min(first + each, n_row_chunks)), key))
-        found = compute(delayed(list)(tasks), at_once) if tasks else []
+        found = compute(delayed(list)(tasks), arrays, key, at_once) if tasks else []
     return sum(count for count, _ in found), [problem for _, problems in found for problem in problems]
 
 

@@ -23,7 +23,7 @@ from streamlr.dataset.zarr_rows import ZarrRows
 from streamlr.errors import UsageError
 from streamlr.files import check_output, publish
 from streamlr.passes.memory import one_blas_thread
-from streamlr.passes.planning import make_plan, worker_count
+from streamlr.passes.planning import make_plan, tasks_together
 from streamlr.passes.progress import Callback, running_pass, share_of_pass
 from streamlr.passes.tasks import begin, blocks_of, compute, end, errors_of_graphs, span_tasks
 
@@ -95,7 +95,7 @@ def write(
         whole = dataset.keeping_places() if dataset.missing == "drop" else dataset
         tasks = span_tasks(whole, cut, name, write_span, (function, array, key))
         with errors_of_graphs(dataset):
-            tallies = compute(delayed(list)(tasks), plan.tasks_at_once)
+            tallies = compute(delayed(list)(tasks), dataset.arrays, key, plan.tasks_at_once)
         tally = sum(tallies, Tally())
         end(dataset, before, tally)
     return tally
@@ -140,7 +140,7 @@ def _plan(dataset: Dataset, name: str, chunk: int, n_columns: int, memory: int |
     if any(isinstance(rows, DaskRows) for rows in dataset.arrays):
         cut = [Span(start, min(start + chunk, n)) for start in range(0, n, chunk)]
     else:
-        tile, workers = dataset.tile_rows, worker_count()
-        cut = spans(n, dataset.row_bytes, tile=tile, chunks=[chunk], workers=workers, whole_tiles=False)
+        tile = dataset.tile_rows
+        cut = spans(n, dataset.row_bytes, tile=tile, chunks=[chunk], workers=tasks_together(), whole_tiles=False)
     task_bytes = dataset.reader_bytes + 3 * chunk * n_columns * 8  # the buffer, zarr's copy of it, and its compressed bytes
     return make_plan(dataset, cut, task=name, merges=0, task_bytes=task_bytes, result_bytes=0, memory=memory), cut

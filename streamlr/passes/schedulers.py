@@ -1,0 +1,46 @@
+"""Who runs the tasks: Dask's ambient scheduler, and how many tasks it runs at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import dask
+import dask.base
+from dask.system import CPU_COUNT
+
+
+def ambient_scheduler() -> Any:
+    """Return the scheduler that Dask's settings or an active client ask for, or None when nobody asked.
+
+    Dask looks for a client by importing `distributed`, a second and 60 MB; but there is none before somebody else imported it.
+    """
+    if dask.config.get("scheduler", None) is None and "distributed" not in sys.modules:
+        return None
+    return dask.base.get_scheduler()
+
+
+def active_client() -> Any:
+    """Return the `distributed.Client` whose cluster Dask would use, or None."""
+    client = getattr(ambient_scheduler(), "__self__", None)
+    return client if "distributed" in sys.modules and isinstance(client, sys.modules["distributed"].Client) else None
+
+
+def is_threaded() -> bool:
+    """Whether Dask's ambient scheduler is the threaded one, which is what it is when nobody chose another."""
+    scheduler = ambient_scheduler()
+    return scheduler is None or getattr(scheduler, "__module__", "") == "dask.threaded"
+
+
+def has_pool() -> bool:
+    """Whether it runs tasks on so many threads or processes of this machine as it is told."""
+    return is_threaded() or getattr(ambient_scheduler(), "__module__", "") == "dask.multiprocessing"
+
+
+def worker_count() -> int:
+    """Return how many tasks this machine would run at once: Dask's `num_workers`, else one for each processor it may use."""
+    if has_pool() or active_client() is not None:
+        return int(dask.config.get("num_workers", None) or CPU_COUNT or 1)
+    scheduler = ambient_scheduler()
+    return 1 if getattr(scheduler, "__name__", "") == "get_sync" else int(CPU_COUNT or os.cpu_count() or 1)

@@ -1,0 +1,350 @@
+"""Passes on a Dask cluster of real processes over TCP: the same bits, whoever dies; and an error in time when nobody is left."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import dask
+import dask.array as da
+import numpy as np
+import pytest
+import zarr
+from zarr.storage import MemoryStore
+
+import streamlr
+from streamlr.errors import ClusterError, MemoryLimitExceeded, NonFiniteValue, UsageError
+from streamlr.passes import cluster as passes_cluster
+
+distributed = pytest.importorskip("distributed")
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # sockets of connections that a test cuts
+N, P = 200_000, 100  # ten spans of 16 MB
+DASK = [sys.executable, "-m", "dask"]
+ENDS = 60  # seconds within which whatever cannot go on has ended
+
+
+class Cluster:
+    """A scheduler and workers, each a process of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.processes: list[subprocess.Popen[bytes]] = []
+        place = folder / "scheduler.json"
+        self.scheduler = self.start("scheduler", "--host", "127.0.0.1", "--port", "0", "--scheduler-file", place, "--no-dashboard")
+        deadline = time.monotonic() + 30
+        while not (place.exists() and place.read_text().rstrip().endswith("}")):
+            assert time.monotonic() < deadline, (folder / "0.log").read_text()
+            time.sleep(0.05)
+        self.address: str = json.loads(place.read_text())["address"]
+
+    def start(self, kind: str, *arguments: Any, **options: Any) -> subprocess.Popen[bytes]:
+        log = (self.folder / f"{len(self.processes)}.log").open("wb")
+        command = [*DASK, kind, *map(str, arguments)]
+        with log:
+            process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, **options)
+        self.processes.append(process)
+        return process
+
+    def add_worker(self, *arguments: str, nanny: bool = False, memory: str = "1GB", **options: Any) -> subprocess.Popen[bytes]:
+        own = ["--nthreads", "1", "--memory-limit", memory, "--no-dashboard", "--local-directory", self.folder]
+        return self.start("worker", self.address, *own, *(() if nanny else ("--no-nanny",)), *arguments, **options)
+
+    def stop(self) -> None:
+        for process in self.processes:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+@contextmanager
+def a_cluster(folder: Path, workers: int = 0, **options: Any) -> Iterator[tuple[Cluster, Any]]:
+    folder.mkdir(exist_ok=True)
+    cluster = Cluster(folder)
+    try:
+        for _ in range(workers):
+            cluster.add_worker(**options)
+        with warnings.catch_warnings(action="ignore"), distributed.Client(cluster.address, set_as_default=False) as client:
+            if workers:
+                client.wait_for_workers(workers, timeout=30)
+            with client.as_current():
+                yield cluster, client
+    finally:
+        cluster.stop()
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    rng = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("shared") / "rows.zarr"
+    group = zarr.open_group(path, mode="w")
+    X = group.create_array("X", shape=(N, P), chunks=(7_000, P), dtype="f8", compressors=None)
+    y = group.create_array("y", shape=(N,), chunks=(20_000,), dtype="f8")
+    for start in range(0, N, 7_000):
+        rows = rng.normal(size=(min(7_000, N - start), P))
+        X[start : start + len(rows)] = rows
+        y[start : start + len(rows)] = rows.sum(axis=1) + rng.normal(size=len(rows))
+    return path
+
+
+def results(store: Path, folder: Path) -> list[bytes]:
+    dataset = streamlr.open_dataset(store)
+    model = streamlr.fit(dataset)
+    cost = streamlr.evaluate(model, dataset)
+    streamlr.predict(model, dataset, folder / "out.zarr", overwrite=True)
+    predicted = zarr.open_group(folder / "out.zarr")["prediction"][:]
+    descended = streamlr.fit(dataset, streamlr.Descent("minibatch", max_epochs=1))
+    return [np.asarray(a).tobytes() for a in (model.coef, model.summary().std_err, cost.mse, cost.mae, predicted, descended.coef)]
+
+
+@pytest.fixture(scope="module")
+def expected(store, tmp_path_factory):
+    with dask.config.set(num_workers=1):
+        return results(store, tmp_path_factory.mktemp("threads"))
+
+
+@pytest.fixture(scope="module")
+def coef(expected):
+    return expected[0]
+
+
+@pytest.fixture(autouse=True)
+def short_patience(monkeypatch):
+    monkeypatch.setattr(passes_cluster, "PATIENCE", 4.0)
+
+
+@pytest.mark.parametrize(("workers", "nanny"), [(1, False), (2, True), (4, False), (4, True)])
+def test_the_same_bits_on_any_workers(store, expected, tmp_path, workers, nanny):
+    with a_cluster(tmp_path / "cluster", workers, nanny=nanny):
+        assert results(store, tmp_path) == expected
+
+
+def test_the_same_bits_whichever_worker_dies_and_when(store, coef, tmp_path):
+    rng = random.Random(0)
+    with a_cluster(tmp_path / "cluster", 2, nanny=True) as (_, client):
+        dataset = streamlr.open_dataset(store)
+        for _ in range(10):
+            victim = rng.choice(sorted(client.run(os.getpid).values()))
+            timer = threading.Timer(rng.uniform(0, 0.6), os.kill, (victim, signal.SIGKILL))
+            timer.start()
+            model = streamlr.fit(dataset)
+            timer.join()
+            assert (model.n_rows, model.coef.tobytes()) == (N, coef)
+            client.wait_for_workers(2, timeout=30)
+
+
+def test_a_worker_that_comes_late_and_one_that_goes(store, coef, tmp_path):
+    with a_cluster(tmp_path / "cluster", 1) as (cluster, _):
+        first = cluster.processes[1]
+
+        def exchange(event):
+            if len(cluster.processes) == 2:
+                cluster.add_worker()
+                first.kill()
+
+        assert streamlr.fit(streamlr.open_dataset(store), progress=exchange).coef.tobytes() == coef
+
+
+def dies(store: Path, processes: list[Any], *words: str) -> None:
+    began = time.monotonic()
+
+    def kill(event):
+        for process in processes:
+            process.kill()
+
+    with pytest.raises(ClusterError) as caught:
+        streamlr.fit(streamlr.open_dataset(store), progress=kill)
+    assert time.monotonic() - began < ENDS
+    assert caught.value.exit_status == 5
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_every_worker_dies(store, tmp_path):
+    with a_cluster(tmp_path / "cluster", 2) as (cluster, _):
+        dies(store, cluster.processes[1:], "no worker", f"dask worker {cluster.address}")
+
+
+def test_the_scheduler_dies(store, tmp_path):
+    with a_cluster(tmp_path / "cluster", 2) as (cluster, _):
+        dies(store, [cluster.scheduler], "scheduler", cluster.address, "went away")
+
+
+def test_workers_that_never_come(store, tmp_path):
+    with a_cluster(tmp_path / "cluster") as (cluster, _), pytest.raises(ClusterError, match="no worker") as caught:
+        streamlr.fit(streamlr.open_dataset(store))
+    assert cluster.address in str(caught.value)
+
+
+def test_a_task_that_kills_its_worker_is_explained(tmp_path):
+    def kill(block):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    rows = da.ones((100, 2), chunks=(50, 2)).map_blocks(kill, dtype="f8", meta=np.empty((0, 2)))
+    with (
+        a_cluster(tmp_path / "cluster", 1, nanny=True),
+        pytest.raises(ClusterError, match=r"4 workers died.*tcp://.*memory") as caught,
+    ):
+        streamlr.fit(streamlr.Dataset(rows, da.ones(100, chunks=50)))
+    assert caught.value.exit_status == 5
+
+
+def test_a_worker_with_too_little_memory_is_named_before_it_dies(store, tmp_path):
+    with a_cluster(tmp_path / "cluster", 1, memory="240MB") as (_, client):
+        (worker,) = client.scheduler_info()["workers"]
+        with pytest.raises(MemoryLimitExceeded, match=r"240\.0 MB of worker") as caught:
+            streamlr.fit(streamlr.open_dataset(store))
+        assert worker in str(caught.value)
+
+
+def test_a_worker_that_does_not_see_the_store(store, tmp_path, monkeypatch):
+    monkeypatch.chdir(store.parent)
+    with a_cluster(tmp_path / "cluster", 1, cwd="/") as (_, client):
+        (worker,) = client.scheduler_info()["workers"]
+        with pytest.raises(ClusterError, match=r"does not see the store /proc/self/cwd/rows\.zarr.*share") as caught:
+            streamlr.fit(streamlr.open_dataset("/proc/self/cwd/rows.zarr"))  # each process has a folder of its own there
+        assert worker in str(caught.value)
+
+
+def test_a_worker_with_another_version(store, tmp_path):
+    """Installed beside it, as an upgrade that reached only some machines would be."""
+    other = tmp_path / "packages" / "zarr-9.9.9.dist-info"
+    other.mkdir(parents=True)
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: zarr\nVersion: 9.9.9\n")
+    environment = {**os.environ, "PYTHONPATH": str(other.parent)}
+    with (
+        a_cluster(tmp_path / "cluster", 1, env=environment),
+        pytest.raises(ClusterError, match=rf"tcp://.* has zarr 9\.9\.9, and here is {zarr.__version__}.*install"),
+    ):
+        streamlr.fit(streamlr.open_dataset(store))
+
+
+@pytest.fixture(scope="module")
+def standing(tmp_path_factory):
+    """A cluster for several tests, which is Dask's default only in those that ask for it."""
+    folder = tmp_path_factory.mktemp("standing")
+    with a_cluster(folder, 2) as (cluster, _), distributed.Client(cluster.address, set_as_default=False) as client:
+        yield client
+
+
+class TestOnOneCluster:
+    @pytest.fixture
+    def cluster(self, standing):
+        with standing.as_current():
+            yield standing
+
+    def test_numpy_rows_are_sent(self, cluster):
+        rng = np.random.default_rng(0)
+        x, weights = rng.normal(size=(30_000, 3)), rng.uniform(size=30_000)
+        y = np.column_stack([x.sum(axis=1), x[:, 0]])
+        dataset = streamlr.Dataset(x, y, weights)
+        found = streamlr.fit(dataset).coef.tobytes()
+        with dask.config.set(scheduler="threads"):
+            assert found == streamlr.fit(dataset).coef.tobytes()
+
+    def test_many_numpy_rows_are_refused(self, cluster):
+        with pytest.raises(UsageError, match=r"160\.0 MB.*100\.0 MB.*zarr"):
+            streamlr.fit(streamlr.Dataset(np.zeros((10_000_000, 1)), np.zeros(10_000_000)))
+
+    def test_a_store_in_memory_is_refused(self, cluster):
+        group = zarr.open_group(MemoryStore(), mode="w")
+        group.create_array("X", data=np.ones((10, 1)))
+        group.create_array("y", data=np.ones(10))
+        with pytest.raises(UsageError, match=r"'X' is in this process's memory.*disk"):
+            streamlr.fit(streamlr.open_dataset(group))
+
+    def test_dask_arrays_of_20_gb_are_used_where_they_lie(self, cluster):
+        """Each block is made on the worker that needs it; workers have 1 GB."""
+        n, p, block = 25_000_000, 100, 50_000
+
+        def rows(block_info=None):
+            start = block_info[None]["array-location"][0][0]
+            return np.broadcast_to(np.random.default_rng(start).normal(size=(2_500, p)), (20, 2_500, p)).reshape(-1, p)
+
+        X = da.map_blocks(rows, chunks=((block,) * (n // block), (p,)), dtype="f8", meta=np.empty((0, p)))
+        assert X.nbytes == 20_000_000_000
+        moments = streamlr.accumulate(streamlr.Dataset(X, X[:, 0] * 2))
+        assert moments.n == n
+        np.testing.assert_allclose(streamlr.solve(moments).coef[:2], [2, 0], atol=1e-9)
+
+    def test_an_error_of_a_row_comes_back_as_it_is(self, cluster, store, tmp_path):
+        copy = shutil.copytree(store, tmp_path / "rows.zarr")
+        zarr.open_group(copy, mode="r+")["y"][123_456] = np.nan
+        with pytest.raises(NonFiniteValue, match="row 123,456, column 'y'"):
+            streamlr.fit(streamlr.open_dataset(copy))
+
+    def test_progress_is_heard(self, cluster, store):
+        events: list[streamlr.Event] = []
+        streamlr.fit(streamlr.open_dataset(store), progress=events.append)
+        assert len(events) > 5
+        assert (events[-1].task, events[-1].rows) == ("moments", N)
+        assert all(a.rows < b.rows for a, b in pairwise(events))
+
+    def test_what_hears_of_it_may_stop_it(self, cluster, store):
+        def stop(event):
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            streamlr.fit(streamlr.open_dataset(store), progress=stop)
+        assert streamlr.fit(streamlr.open_dataset(store)).n_rows == N
+
+    def test_tasks_are_named_after_what_they_do(self, cluster, store):
+        with distributed.get_task_stream(cluster) as stream:
+            streamlr.fit(streamlr.open_dataset(store))
+        assert {"moments", "merge"} <= {task["key"].split("-")[0] for task in stream.data}
+
+    def test_the_plan_is_of_the_cluster(self, cluster, store):
+        plan = streamlr.plan(streamlr.open_dataset(store))
+        assert (plan.tasks_at_once, plan.tasks_per_process) == (2, 1)
+        assert "800.0 MB" in str(plan)
+        assert "of worker tcp://" in str(plan)
+
+
+def run(*arguments: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "streamlr.cli", *map(str, arguments)], check=False, capture_output=True, text=True, timeout=120
+    )
+
+
+class TestCommandLine:
+    def test_workers_and_schedulers(self, store, tmp_path, coef):
+        expected = np.frombuffer(coef).tolist()
+        done = run("fit", store, "--workers", 2, "--json")
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["coef"] == expected
+        with a_cluster(tmp_path / "cluster", 1) as (cluster, _):
+            done = run("fit", store, "--scheduler", cluster.address, "--json")
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["coef"] == expected
+
+    def test_a_scheduler_that_does_not_answer(self, store):
+        began = time.monotonic()
+        done = run("fit", store, "--scheduler", "tcp://127.0.0.1:1")
+        assert time.monotonic() - began < ENDS
+        assert (done.returncode, done.stdout) == (5, "")
+        assert "no scheduler answers at tcp://127.0.0.1:1" in done.stderr
+        assert "Traceback" not in done.stderr
+
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            (["--workers", "2", "--threads", "2"], "--threads and --workers are different ways to run"),
+            (["--tls-ca", "ca.pem"], "--tls-key are for the scheduler"),
+            (["--workers", "0"], "--workers"),
+        ],
+    )
+    def test_options_that_do_not_go_together(self, store, options, words):
+        done = run("fit", store, *options)
+        assert (done.returncode, words in done.stderr) == (2, True), done.stderr
