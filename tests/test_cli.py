@@ -128,7 +128,7 @@ def test_options_of_fit_act(foreign):
         (["fit", "{store}", "--memory-limit", "lots"], 2, "'lots'"),
         (["fit", "{store}", "--memory-limit", "1MB"], 5, "the limit is 1.0 MB"),
         (["fit", "{store}", "--out", "{store}"], 2, "already exists"),
-        (["fit", "{store}", "--workers", "2"], 2, "No such option"),
+        (["fit", "{store}", "--processes", "2"], 2, "No such option"),
         (["evaluate", "{nowhere}", "{store}"], 2, "no file at"),
         (["evaluate", "{table}", "{store}"], 3, "not a streamlr model"),
         (["predict", "{nowhere}", "{store}", "{out}"], 2, "no file at"),

@@ -97,6 +97,11 @@ class RunningPass:
             seconds = time.monotonic() - self._began
             self._callback(Event(self._task, self._rows, total, self._rows * self._row_bytes, total * self._row_bytes, seconds))
 
+    def finish(self) -> None:
+        """Count the rows that workers told of too late."""
+        if self._rows < self._rows_total:
+            self.note(Tally(rows=self._rows_total - self._rows))
+
 
 _running: dict[str, RunningPass] = {}
 

@@ -94,7 +94,10 @@ def compute(root: Delayed, arrays: Sequence[Rows], key: str, tasks_at_once: int)
     if client := active_client():
         check_workers(client, arrays)
         state = find_pass(key)
-        return run_on(client, root, key, lambda rows: None if state is None else state.note(Tally(rows=rows)))
+        assert state is not None, "a pass runs where it was begun"
+        result = run_on(client, root, key, lambda rows: state.note(Tally(rows=rows)))
+        state.finish()
+        return result
     options: dict[str, Any] = {"num_workers": tasks_at_once} if has_pool() else {}
     if is_threaded():
         options["scheduler"] = threaded_get
