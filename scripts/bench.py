@@ -34,6 +34,7 @@ OURS = (FIT, "streamlr evaluate", "streamlr predict", "streamlr minibatch epoch"
 LIMITS = ("hand-tuned loop", "read and decode alone", "read, decode and write", "product alone")
 LIMIT_OF = {
     FIT: "hand-tuned loop",
+    "streamlr fit, two workers": FIT,
     "streamlr evaluate": "read and decode alone",
     "streamlr predict": "read, decode and write",
     "streamlr minibatch epoch": FIT,

@@ -32,6 +32,7 @@ class Contestant(NamedTuple):
 
 CONTESTANTS = {
     "streamlr fit": Contestant(ours.exact_fit),
+    "streamlr fit, two workers": Contestant(ours.fit_on_workers, needs="distributed"),
     "streamlr evaluate": Contestant(ours.evaluate),
     "streamlr predict": Contestant(ours.predict),
     "streamlr minibatch epoch": Contestant(ours.minibatch_epoch),

@@ -61,6 +61,25 @@ def exact_fit(path: Path) -> Timed:
     return lambda: fit(dataset).coef
 
 
+def fit_on_workers(path: Path) -> Timed:
+    """The exact fit on a cluster of two processes of one thread each, after start-up."""
+    import distributed
+
+    import streamlr
+
+    dataset, fit = opened(path), streamlr.fit
+    client = distributed.Client(
+        distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0", silence_logs=40)
+    )
+    fit(streamlr.Dataset(np.arange(9.0)[:, None], np.ones(9)))  # so that workers have imported what they need
+
+    def run() -> Any:
+        with client.as_current():
+            return fit(dataset).coef
+
+    return run
+
+
 def evaluate(path: Path) -> Timed:
     import streamlr
 

@@ -326,6 +326,17 @@ def run(*arguments: Any) -> subprocess.CompletedProcess[str]:
     )
 
 
+def deaf_processes(session: int) -> int:
+    """How many processes of a session ignore Ctrl-C."""
+    count = 0
+    for status in Path("/proc").glob("[0-9]*/status"):
+        with suppress(OSError):
+            if os.getsid(int(status.parent.name)) == session:
+                ignored = int(status.read_text().split("SigIgn:")[1].split()[0], 16)
+                count += ignored >> (signal.SIGINT - 1) & 1
+    return count
+
+
 class TestCommandLine:
     def test_workers_and_schedulers(self, store, tmp_path, coef):
         expected = np.frombuffer(coef).tolist()
@@ -336,6 +347,27 @@ class TestCommandLine:
             done = run("fit", store, "--scheduler", cluster.address, "--json")
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["coef"] == expected
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="processes are looked at in /proc")
+    def test_ctrl_c_ends_all_of_it_without_a_word_of_python(self, store):
+        """As a terminal sends it: to the command and to the workers that it started."""
+        command = ["fit", str(store), "--workers", "2", "--solver", "gd", "--max-epochs", "100000"]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "streamlr.cli", *command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        deadline = time.monotonic() + 60
+        while deaf_processes(process.pid) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+        assert (process.returncode, out) == (130, "")
+        assert err.splitlines()[-1].startswith("error: interrupted")
+        assert "Traceback" not in err
 
     def test_a_scheduler_that_does_not_answer(self, store):
         began = time.monotonic()

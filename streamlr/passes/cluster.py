@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
+import signal
 import sys
 import time
 import warnings
@@ -21,7 +23,7 @@ from streamlr.dataset.dask_rows import DaskRows
 from streamlr.dataset.integrity import local_root
 from streamlr.dataset.rows import MemoryRows, Rows
 from streamlr.dataset.zarr_rows import ZarrRows
-from streamlr.errors import ClusterError, UsageError
+from streamlr.errors import ClusterError, StreamlrError, UsageError
 from streamlr.passes.memory import SHARE, parse_bytes
 
 PATIENCE = 20.0  # seconds without a worker, or without the scheduler, after which a pass gives up
@@ -220,11 +222,14 @@ def connected(scheduler: str | None = None, workers: int | None = None, certific
         with client:
             yield client.dashboard_link
     else:
-        with (
-            distributed.LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=":0") as cluster,
-            distributed.Client(cluster) as client,
-        ):
+        options = {"threads_per_worker": 1, "dashboard_address": ":0", "preload": [__name__], "silence_logs": logging.ERROR}
+        with distributed.LocalCluster(n_workers=workers, **options) as cluster, distributed.Client(cluster) as client:
             yield client.dashboard_link
+
+
+def dask_setup(worker: Any) -> None:
+    """Leave Ctrl-C, which a terminal sends to all processes, to the one that stops them: Dask calls this as a worker starts."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _Watch:
@@ -255,6 +260,8 @@ def _translated(client: Any) -> Iterator[None]:
 
     try:
         yield
+    except StreamlrError:  # some of which are OSErrors too
+        raise
     except distributed.KilledWorker as error:
         worker = getattr(error.last_worker, "address", error.last_worker)
         raise ClusterError(
@@ -262,13 +269,10 @@ def _translated(client: Any) -> Iterator[None]:
             "worker that goes over its memory limit is killed: give workers more memory or fewer threads, and look at their logs"
         ) from error
     except (distributed.CancelledError, OSError) as error:
-        if isinstance(error, OSError) and client.status == "running" and not _is_comm_error(error):
+        of_a_task = isinstance(error, OSError) and not type(error).__module__.startswith("distributed.")
+        if of_a_task and client.status == "running":
             raise
         raise _no_scheduler(client) from error
-
-
-def _is_comm_error(error: Exception) -> bool:
-    return type(error).__module__.startswith("distributed.")
 
 
 def _no_workers(client: Any) -> ClusterError:
