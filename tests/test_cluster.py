@@ -359,13 +359,17 @@ class TestCommandLine:
             text=True,
             start_new_session=True,
         )
-        deadline = time.monotonic() + 60
-        while deaf_processes(process.pid) < 2:
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        time.sleep(2)  # for the rest of the start: who is stopped in it leaves Dask's own complaint at its end
-        os.killpg(process.pid, signal.SIGINT)
-        out, err = process.communicate(timeout=30)
+        try:
+            deadline = time.monotonic() + 60
+            while deaf_processes(process.pid) < 2:
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            time.sleep(2)  # for the rest of the start: who is stopped in it leaves Dask's own complaint at its end
+            os.killpg(process.pid, signal.SIGINT)
+            out, err = process.communicate(timeout=30)
+        finally:
+            process.kill()
+            process.wait()
         assert (process.returncode, out) == (130, "")
         assert err.splitlines()[-1].startswith("error: interrupted")
         assert "Traceback" not in err
