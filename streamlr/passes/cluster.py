@@ -166,8 +166,10 @@ def run_on(client: Any, root: Any, key: str, heard: Callable[[int], None]) -> An
             future = client.compute(root)
         watch = _Watch(client)
         try:
-            while not future.done():
-                with suppress(TimeoutError):
+            while future.status in ("pending", "lost", "finished"):
+                with suppress(TimeoutError):  # of waiting: a task that raised one has another status
+                    if future.status == "finished":
+                        return future.result(timeout=PATIENCE)  # the worker that holds it may die before it is fetched
                     distributed.wait(future, timeout=LOOK)
                 with suppress(Empty):
                     while True:
