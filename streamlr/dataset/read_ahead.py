@@ -89,7 +89,11 @@ class ReadAhead(Generic[A]):
 
 async def _answer(questions: list[Question[A]], answers: list[Future[A]]) -> None:
     async def one(question: Question[A], answer: Future[A]) -> None:
-        answer.set_result(await question())
+        try:
+            answer.set_result(await question())
+        except BaseException as error:  # whoever waits for it must hear of it, whatever it is
+            answer.set_exception(error)
+            raise
 
     await asyncio.gather(*map(one, questions, answers))
 

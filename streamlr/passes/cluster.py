@@ -113,7 +113,7 @@ def check_workers(client: Any, arrays: Sequence[Rows]) -> None:
         if isinstance(store, MemoryStore):
             raise UsageError(f"array {label!r} is in this process's memory, where no worker sees it; write it to a disk they share")
         if root := local_root(array):
-            roots.append(str(root))
+            roots.append((str(root), os.path.abspath(root)))
     own = _look_around([])
     with _translated(client):
         found = client.run(_look_around, roots, on_error="return")
@@ -298,13 +298,13 @@ def _stored_arrays(rows: Rows) -> list[tuple[str, Any]]:
     return rows.zarr_sources() if isinstance(rows, DaskRows) else []
 
 
-def _look_around(roots: list[str]) -> dict[str, Any]:
-    """Task: tell what is installed here, and which of some folders are not there."""
+def _look_around(roots: list[tuple[str, str]]) -> dict[str, Any]:
+    """Task: tell what is installed here, and which of some folders, as given and in full, are not there or lie elsewhere."""
     found: dict[str, Any] = {"Python": ".".join(platform.python_version_tuple()[:2]), "host": platform.node()}
     for name in MUST_AGREE:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = "(not installed)"
-    found["unseen"] = [root for root in roots if not os.path.isdir(root)]
+    found["unseen"] = [place for root, place in roots if os.path.abspath(root) != place or not os.path.isdir(root)]
     return found

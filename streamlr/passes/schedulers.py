@@ -22,9 +22,16 @@ def ambient_scheduler() -> Any:
 
 
 def active_client() -> Any:
-    """Return the `distributed.Client` whose cluster Dask would use, or None."""
+    """Return the `distributed.Client` whose cluster Dask would use, or None; none within a task, which would wait for itself."""
+    distributed = sys.modules.get("distributed")
     client = getattr(ambient_scheduler(), "__self__", None)
-    return client if "distributed" in sys.modules and isinstance(client, sys.modules["distributed"].Client) else None
+    if distributed is None or not isinstance(client, distributed.Client):
+        return None
+    try:
+        distributed.get_worker()
+    except ValueError:
+        return client
+    return None
 
 
 def is_threaded() -> bool:
