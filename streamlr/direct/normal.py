@@ -24,6 +24,7 @@ from streamlr.errors import NoRows, NumericalError, RankDeficient, UsageError
 Matrix = NDArray[np.float64]
 # of the largest eigenvalue of a matrix of products; as measured, those of float32 numbers are off by 4 eps
 ROUNDING = {"double": EPS["double"], "single": 64 * EPS["single"]}
+BLOCK = 64  # rows and columns
 CANCELLED = 1e-10  # in a null vector, at least what eigenvectors leave of a column that is no part of the dependence
 
 
@@ -196,17 +197,27 @@ def _equations(moments: Moments, *, fit_intercept: bool, ridge: float) -> Equati
 def _by_cholesky(equations: Equations, mean: NDArray[np.float64]) -> tuple[Matrix, NDArray[np.float64], float]:
     """Return the solution of C z = right, the diagonal of C^-1, and mean'C^-1 mean."""
     factor = np.linalg.cholesky(equations.matrix)
+    transposed = factor.T[::-1, ::-1]  # read from the end, it is lower triangular too
     right = np.column_stack([equations.right, mean])
 
     def solve(right: Matrix) -> Matrix:
-        return np.linalg.solve(factor.T, np.linalg.solve(factor, right))
+        return _substituted(transposed, _substituted(factor, right)[::-1])[::-1]
 
     solved = solve(right)
     # one refinement, in the same precision, makes the error small for each equation by itself; where moments are exact, answers are
     # (Skeel 1980, Iterative refinement implies numerical stability for Gaussian elimination)
     solved += solve(right - equations.matrix @ solved)
-    inverse = np.linalg.inv(factor)
+    inverse = _substituted(factor, np.eye(len(factor)))
     return solved[:, :-1], np.einsum("ij,ij->j", inverse, inverse), float(mean @ solved[:, -1])
+
+
+def _substituted(lower: Matrix, right: Matrix) -> Matrix:
+    """Solve a lower triangular system by substitution, a block of rows at a time: NumPy's own solvers factorise it again."""
+    solved = np.empty_like(right)
+    for start in range(0, len(lower), BLOCK):
+        block = slice(start, start + BLOCK)
+        solved[block] = np.linalg.solve(lower[block, block], right[block] - lower[block, :start] @ solved[:start])
+    return solved
 
 
 def _by_eigenvectors(
