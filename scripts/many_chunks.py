@@ -17,21 +17,18 @@ import zarr
 from limits import on_threads
 from zarr.buffer import default_buffer_prototype
 from zarr.core.sync import sync
-from zarr.storage import MemoryStore, WrapperStore
+from zarr.storage import MemoryStore
 
 FEATURES, ROWS = 100, 82  # of a chunk of 64 KB
 TARGETS = 8192  # in a chunk of 64 KB
 
 
-class ManyChunks(WrapperStore[Any]):
+class ManyChunks(MemoryStore):
     """A read-only store of arrays that are chunked by rows, in which chunk 0 stands for all chunks."""
 
-    def __init__(self, store: Any, chunks: int) -> None:
-        super().__init__(store)
+    def __init__(self, kept: dict[str, Any], chunks: int) -> None:
+        super().__init__(kept, read_only=True)
         self.chunks = chunks
-
-    def _with_store(self, store: Any) -> ManyChunks:
-        return ManyChunks(store, self.chunks)
 
     def _kept(self, key: str) -> str:
         """Return the key under which is kept what is at `key`."""
@@ -43,19 +40,23 @@ class ManyChunks(WrapperStore[Any]):
 
     async def get(self, key: str, *arguments: Any, **options: Any) -> Any:
         """Return what is at a key, or None."""
-        return await self._store.get(self._kept(key), *arguments, **options)
+        return await super().get(self._kept(key), *arguments, **options)
+
+    def get_sync(self, key: str, **options: Any) -> Any:
+        """Return what is at a key, or None, without an event loop."""
+        return super().get_sync(self._kept(key), **options)
 
     async def exists(self, key: str) -> bool:
         """Tell whether there is something at a key."""
-        return bool(await self._store.exists(self._kept(key)))
+        return await super().exists(self._kept(key))
 
     async def getsize(self, key: str) -> int:
         """Return how many bytes are at a key."""
-        return int(await self._store.getsize(self._kept(key)))
+        return await super().getsize(self._kept(key))
 
     async def list(self) -> AsyncIterator[str]:
         """Iterate over all keys."""
-        async for key in self._store.list():
+        async for key in super().list():
             array, separator, place = key.partition("/c/")
             _, *others = place.split("/")
             for number in range(self.chunks if separator else 1):
@@ -69,7 +70,7 @@ class ManyChunks(WrapperStore[Any]):
 
     async def list_dir(self, prefix: str) -> AsyncIterator[str]:
         """Iterate over the names in a folder."""
-        async for name in self._store.list_dir(prefix):
+        async for name in super().list_dir(prefix):
             for number in range(self.chunks if prefix.rstrip("/").endswith("/c") else 1):
                 yield str(number) if name == "0" else name
 
@@ -83,7 +84,7 @@ def many_chunks_of(count: int) -> ManyChunks:
         array = group.create_array(name, shape=(count * ROWS, *width), chunks=(rows, *width), dtype="float64")
         first = min(rows, count * ROWS)
         array[:first] = generator.normal(size=(first, *width))
-    return ManyChunks(MemoryStore(kept, read_only=True), count)
+    return ManyChunks(kept, count)
 
 
 def decode_alone(store: ManyChunks, count: int) -> float:

@@ -23,6 +23,7 @@ from streamlr.dataset.codecs import ABSENT, ShardIndex, check_memory, shard_inde
 from streamlr.dataset.files_ahead import Files
 from streamlr.dataset.integrity import CHECKSUM_BYTES, chunk_keys, describe_chunk, local_root
 from streamlr.dataset.read_ahead import Question, ReadAhead, chunks_ahead
+from streamlr.dataset.synchronous import SynchronousStore, answers_at_once, plain_bytes
 from streamlr.errors import ChunkCorrupt, ChunkMissing, DataError
 
 PAUSES = (0.1, 0.5)  # seconds before a failed read is tried again: networks and network disks fail for a moment
@@ -36,6 +37,11 @@ Early = tuple[list[Answer], list[Answer]]  # for the shard's index and for the c
 def is_local(array: zarr.Array[Any]) -> bool:
     """Whether the chunks are plain files, which are read past zarr: a store that wraps files may do more than read them."""
     return type(array.store) is LocalStore
+
+
+def is_asked_ahead(array: zarr.Array[Any]) -> bool:
+    """Whether chunks are asked for before they are wanted: from a store that lets its readers wait."""
+    return not is_local(array) and not answers_at_once(array.store)
 
 
 class StoredChunks:
@@ -60,8 +66,12 @@ class StoredChunks:
         self._index = shard_index(array)
         self._per_shard = None if array.shards is None else tuple(a // b for a, b in zip(array.shards, array.chunks, strict=True))
         self._shards: dict[Position, Entries] = {}  # of one row of shards
-        self._files = Files(f"{local_root(array)}/") if is_local(array) else None
-        if self._files is None:
+        self._direct: Files | SynchronousStore | None = None
+        if is_local(array):
+            self._direct = Files(f"{local_root(array)}/")
+        elif not is_asked_ahead(array):
+            self._direct = SynchronousStore(array.store)
+        else:
             self._ahead = ReadAhead(self._ask_chunk if self._per_shard is None else self._ask_inner, chunks_ahead(self._nbytes))
             self._indexes: dict[Position, Future[tuple[Answer, Entries | None]]] = {}  # of shards that are ahead
 
@@ -70,13 +80,13 @@ class StoredChunks:
 
         Whatever was expected before is dropped.
         """
-        if self._files is None:
+        if self._direct is None:
             for index in self._indexes.values():
                 index.cancel()  # it may be that what waits for it has not begun to wait
             self._indexes.clear()
             self._ahead.expect(positions)
         elif self._per_shard is None:
-            self._files.expect(map(self._key, positions))
+            self._direct.expect(map(self._key, positions))
 
     def forget(self) -> None:
         """Let go of the indexes of shards: they are read again with the next chunk."""
@@ -94,7 +104,7 @@ class StoredChunks:
         MemoryLimitExceeded
             There was no memory to read it.
         """
-        index, chunk = ([], []) if self._files is not None else self._ahead.answer(position)
+        index, chunk = ([], []) if self._direct is not None else self._ahead.answer(position)
         if self._per_shard is None:
             stored = self._read(self._key(position), None, buffer, chunk)
             if stored is not None and not len(stored):
@@ -132,7 +142,7 @@ class StoredChunks:
     def _shard_entries(self, shard: Position, index: ShardIndex, early: list[Answer]) -> Entries | None:
         if shard not in self._shards:
             key = self._key(shard)
-            if self._files is None:
+            if self._direct is None:
                 self._indexes.pop(shard, None)
             stored = self._read(key, _index_request(index), Buffer(), early)
             if stored is None:
@@ -147,8 +157,8 @@ class StoredChunks:
         pauses = iter(PAUSES)
         while True:
             try:
-                if self._files is not None:
-                    return self._files.read(key, request, buffer)
+                if self._direct is not None:
+                    return self._direct.read(key, request, buffer)
                 answer = early.pop() if early else sync(self._ask(key, request))
                 if isinstance(answer, Exception):
                     raise answer
@@ -170,8 +180,7 @@ class StoredChunks:
             found = await self.array.store.get(key, default_buffer_prototype(), request)
         except Exception as error:  # it is raised when its chunk is wanted
             return error
-        stored: Any = None if found is None else found.as_numpy_array()  # no copy
-        return None if stored is None else memoryview(stored).cast("B").toreadonly()
+        return None if found is None else plain_bytes(found)
 
     def _ask_chunk(self, position: Position) -> Question[Early]:
         return partial(self._ask_whole, self._key(position))

@@ -20,7 +20,7 @@ from streamlr.dataset.codecs import KNOWN_V2, ChunkCodec, ZarrCodec, check_memor
 from streamlr.dataset.integrity import array_fingerprint, check_current, local_root
 from streamlr.dataset.read_ahead import chunks_ahead
 from streamlr.dataset.rows import as_float64, check_dtype
-from streamlr.dataset.stored_chunks import StoredChunks, is_local
+from streamlr.dataset.stored_chunks import StoredChunks, is_asked_ahead
 from streamlr.errors import ChunkMissing, DataError, StoreChanged, StoreIncomplete, UnsupportedDtype
 
 MAX_CHUNKS = 10**9  # more than any disk holds: the shape in the metadata was altered
@@ -115,11 +115,11 @@ class ZarrRows:
     def reader_bytes(self) -> int:
         """All column chunks of one row of chunks, decoded, one of them stored, and what zarr copies where it decodes.
 
-        And the stored chunks that are read ahead, unless the kernel reads files ahead.
+        And the stored chunks that are asked for ahead.
         """
         decoded = self.array.chunks[0] * self.row_bytes
         one = decoded // len(self.column_chunks)
-        stored = one if is_local(self.array) else one + one * chunks_ahead(one)
+        stored = one + one * chunks_ahead(one) if is_asked_ahead(self.array) else one
         return decoded + stored if chunk_codec(self.array) is not None else 2 * decoded + stored
 
     def reader(self) -> ZarrReader:

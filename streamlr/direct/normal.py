@@ -211,7 +211,7 @@ def _by_cholesky(equations: Equations, mean: NDArray[np.float64]) -> tuple[Matri
     return solved[:, :-1], np.einsum("ij,ij->j", inverse, inverse), float(mean @ solved[:, -1])
 
 
-def _substituted(lower: Matrix, right: Matrix) -> Matrix:
+def _substituted(lower: NDArray[np.floating[Any]], right: Matrix) -> Matrix:
     """Solve a lower triangular system by substitution, a block of rows at a time: NumPy's own solvers factorise it again."""
     solved = np.empty_like(right)
     for start in range(0, len(lower), BLOCK):

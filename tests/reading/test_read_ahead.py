@@ -230,7 +230,7 @@ def test_what_is_held_is_bounded(nbytes):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_what_is_held_is_planned_where_it_is_held(tmp_path, layout):
     sizes = []
-    for store in (LocalStore(tmp_path / "s.zarr"), MemoryStore()):
+    for store in (LocalStore(tmp_path / "s.zarr"), WrapperStore(MemoryStore())):
         group = zarr.open_group(store, mode="w")
         group.create_array("X", shape=(N, P), dtype="f8", **LAYOUTS[layout])
         sizes.append(streamlr.Dataset(group["X"]).reader_bytes)
