@@ -32,11 +32,12 @@ from streamlr.errors import UsageError
 from streamlr.files import held
 from streamlr.model import FittedModel
 from streamlr.passes.memory import one_blas_thread
+from streamlr.passes.order import Order, most_rows, unit_spans
 from streamlr.passes.planning import draft_pass, plan_pass
 from streamlr.passes.progress import Callback, Event
 from streamlr.passes.reduce import Reduced, reduce
 from streamlr.passes.shuffle import Position
-from streamlr.passes.stream import Order, RowStream, most_rows, plan_stream, unit_spans
+from streamlr.passes.stream import RowStream, plan_stream
 from streamlr.passes.write import check_apart
 
 Array = NDArray[np.float64]

@@ -32,9 +32,10 @@ from streamlr.errors import (
     RowCountMismatch,
     StoreChanged,
 )
-from streamlr.passes import stream as stream_module
+from streamlr.passes import order, pieces
+from streamlr.passes.order import BUFFER_UNITS, Order, unit_spans
 from streamlr.passes.shuffle import START, Position
-from streamlr.passes.stream import Order, RowStream, plan_stream, unit_spans
+from streamlr.passes.stream import RowStream, plan_stream
 
 N, P = 20_000, 6
 Array = NDArray[np.float64]
@@ -44,10 +45,9 @@ Array = NDArray[np.float64]
 def small_units(monkeypatch):
     """Many units and pieces of few rows, so that little data show what much would."""
     monkeypatch.setattr(stored_chunks, "PAUSES", (0.0, 0.0))
-    monkeypatch.setattr(stream_module, "UNIT_BYTES", 20_000)
-    monkeypatch.setattr(stream_module, "PIECE_BYTES", 5_000)
-    monkeypatch.setattr(stream_module, "STRETCH_BYTES", 10_000)
-    monkeypatch.setattr(stream_module, "BUFFER_BYTES", 200_000)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 5_000)
+    for name, value in (("UNIT_BYTES", 20_000), ("STRETCH_BYTES", 10_000), ("BUFFER_BYTES", 200_000)):
+        monkeypatch.setattr(order, name, value)
 
 
 @pytest.fixture(autouse=True)
@@ -189,7 +189,7 @@ class TestRows:
         """Sorted rows in a store: each tenth of an epoch has rows from several units, far apart, in no order."""
         dataset = zarr_dataset(tmp_path / "s.zarr", *rows[:2], **LAYOUTS[layout])
         for part in np.array_split(epoch_of(dataset)[:, 0], 10):
-            assert len(np.unique(part // 500)) >= stream_module.BUFFER_UNITS
+            assert len(np.unique(part // 500)) >= BUFFER_UNITS
             assert np.ptp(part) > N / 3
             assert (np.diff(part) > 0).mean() == pytest.approx(0.5, abs=0.05)
 

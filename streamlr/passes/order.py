@@ -1,0 +1,128 @@
+"""The order of rows in an epoch: a function of the dataset's shape, its chunk grid and a few options, and of nothing that runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import lcm
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamlr.dataset.blocks import Span
+from streamlr.dataset.dask_rows import DaskRows
+from streamlr.dataset.dataset import Dataset
+from streamlr.passes.planning import block_spans
+from streamlr.passes.shuffle import START, Piece, Position, Stretch, as_stored, shuffled
+
+UNIT_BYTES = 4 * 2**20  # smaller chunks are read several at a time
+STRETCH_BYTES = 2**20
+BUFFER_BYTES = 64 * 2**20
+DRAWS = 256  # from the shuffle buffer for a batch, at least
+BUFFER_UNITS = 4  # a buffer holds at least so many units, so that it mixes rows from as many places
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """The order of rows: a function of the dataset's shape, dtypes and chunk grid, and of these options.
+
+    Attributes
+    ----------
+    batch_rows : int
+        Rows of a batch; stretches are whole batches.
+    seed : int
+        Another seed, another order.
+    shuffle : bool
+        Shuffle units, and rows in a buffer; else rows come as stored.
+    buffer_rows : int or None
+        Rows of the buffer; None for four units, at least 64 MiB of rows.
+    """
+
+    batch_rows: int
+    seed: int
+    shuffle: bool = True
+    buffer_rows: int | None = None
+
+    def stretch_rows(self, width: int) -> int:
+        """Rows that are handed out together: whole batches, about a cache full."""
+        return self.batch_rows * max(STRETCH_BYTES // (8 * width * self.batch_rows), 1)
+
+    @property
+    def run(self) -> int:
+        """Rows that stay neighbours in the buffer, which memory likes: one, but for batches of more than 256."""
+        return max(self.batch_rows // DRAWS, 1)
+
+    def capacity(self, dataset: Dataset, width: int) -> int:
+        """Rows of the shuffle buffer; 0 without one."""
+        if not self.shuffle:
+            return 0
+        wanted = self.buffer_rows or max(BUFFER_UNITS * most_rows(unit_spans(dataset)), BUFFER_BYTES // (8 * width))
+        return min(wanted, dataset.stored_rows)
+
+    def units(self, dataset: Dataset, epoch: int) -> Sequence[Span]:
+        """Return the units in the order of an epoch."""
+        units = unit_spans(dataset)
+        if not self.shuffle:
+            return units
+        return Shuffled(units, np.random.default_rng((self.seed, epoch)).permutation(len(units)))
+
+    def stretches(
+        self, pieces: Iterator[Piece], width: int, capacity: int, place: tuple[int, ...], start: Position = START
+    ) -> Iterator[Stretch]:
+        """Cut the pieces of an epoch, and perhaps of one of its streams, which is their `place`, into stretches, in this order."""
+        height = self.stretch_rows(width)
+        if not self.shuffle:
+            return as_stored(pieces, height, width, start)
+        return shuffled(pieces, height, width, start, capacity=capacity, seed=(self.seed, *place), run=self.run)
+
+
+@dataclass(frozen=True, slots=True)
+class Even(Sequence[Span]):
+    """The rows [0, `rows`) in units of `step` rows, the last perhaps shorter: two numbers, however many units there are."""
+
+    rows: int
+    step: int
+
+    def __len__(self) -> int:
+        return -(-self.rows // self.step)
+
+    def __getitem__(self, number: Any) -> Any:
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        return Span(number * self.step, min((number + 1) * self.step, self.rows))
+
+
+@dataclass(frozen=True, slots=True)
+class Shuffled(Sequence[Span]):
+    """Units in another order."""
+
+    units: Sequence[Span]
+    order: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, number: Any) -> Any:
+        return self.units[int(self.order[number])]
+
+
+def unit_spans(dataset: Dataset) -> Sequence[Span]:
+    """Cut the rows into units of reading: one chunk, or as many small ones as make 4 MiB; one row of blocks of a Dask array.
+
+    Where arrays have chunks of different heights, units end where chunks of all of them end, as long as that takes no more than
+    16 MiB; else where chunks of the array with the longest rows end, and the others are decoded again where units share them.
+    """
+    lazy = [rows for rows in dataset.arrays if isinstance(rows, DaskRows)]
+    if lazy:
+        return block_spans(max(lazy, key=lambda rows: rows.row_bytes))
+    chunk = max(dataset.arrays, key=lambda rows: rows.row_bytes).decoded_rows
+    shared = lcm(*(rows.decoded_rows for rows in dataset.arrays))
+    if shared * dataset.row_bytes <= BUFFER_BYTES // BUFFER_UNITS:
+        chunk = shared
+    return Even(dataset.stored_rows, chunk * max(UNIT_BYTES // (chunk * dataset.row_bytes), 1))
+
+
+def most_rows(units: Sequence[Span]) -> int:
+    """Return the rows of the largest unit."""
+    return min(units.step, units.rows) if isinstance(units, Even) else max(span.stop - span.start for span in units)

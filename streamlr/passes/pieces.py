@@ -1,0 +1,73 @@
+"""A unit of reading as pieces of prepared rows, in memory that is used again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamlr.dataset.blocks import Span
+from streamlr.dataset.checked import DatasetReader
+from streamlr.dataset.dask_rows import DaskRows
+from streamlr.dataset.dataset import Dataset
+from streamlr.dataset.tally import Tally
+from streamlr.errors import Cancelled
+from streamlr.passes.tasks import with_computed
+
+PIECE_BYTES = 2**20  # what a reader hands over at once; about a core's cache
+
+Array = NDArray[np.float64]
+Prepare = Callable[[Array, Array, Array | None, Array], None]
+
+
+def new_piece(width: int) -> Array:
+    """Return memory for a piece of rows of so many numbers."""
+    return np.empty((max(PIECE_BYTES // (8 * width), 1), width))
+
+
+def unit_reader(dataset: Dataset) -> DatasetReader | None:
+    """Return a reader that keeps its memory from unit to unit; None where units are computed, each by itself."""
+    return None if any(isinstance(rows, DaskRows) for rows in dataset.arrays) else dataset.reader()
+
+
+def prepared(
+    dataset: Dataset,
+    reader: DatasetReader | None,
+    unit: Span,
+    prepare: Prepare,
+    report: Callable[[Tally], None],
+    rooms: Iterator[Array],
+) -> Iterator[tuple[Array, int]]:
+    """Read a unit, and yield the memory of each piece and how many rows of it are filled.
+
+    Parameters
+    ----------
+    dataset, reader
+        The rows, and what `unit_reader` returned for them.
+    unit : Span
+        Which of them.
+    prepare : callable
+        Writes rows x (m, p) and y (m, k), with their weights (m,) or None, into `out` (m, width).
+    report : callable
+        Called with what was met at each tile.
+    rooms : iterator of (height, width) float64
+        Memory for pieces; its end is that of the reading.
+
+    Raises
+    ------
+    Cancelled
+        There was no more memory: nobody wants the rows.
+    """
+    blocks = with_computed(dataset, unit).blocks(unit, report) if reader is None else reader.blocks(unit, report)
+    for block in blocks:
+        first = 0
+        while first < len(block.x):
+            room = next(rooms, None)
+            if room is None:
+                raise Cancelled("nobody takes the rows any more")
+            x, y = (part[first : first + len(room)] for part in (block.x, block.y))
+            weights = None if block.weights is None else block.weights[first : first + len(room)]
+            prepare(x, y, weights, room[: len(x)])
+            yield room, len(x)
+            first += len(x)
