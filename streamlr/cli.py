@@ -180,6 +180,7 @@ def fit(
     average: Annotated[bool | None, typer.Option(help="Return the mean of late iterates, or the last.", **DESCENT)] = None,
     buffer_rows: Annotated[int | None, typer.Option(help="Rows of the shuffle buffer; by default four chunks.", **DESCENT)] = None,
     log_every: Annotated[int | None, typer.Option(help="Rows between records within an epoch.", **DESCENT)] = None,
+    streams: Annotated[int | None, typer.Option(help="Go down side by side, and average after epochs.", **DESCENT)] = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Keep the state in this file, and go on from it where it exists.", **DESCENT)
     ] = None,
@@ -209,6 +210,7 @@ def fit(
         average=average,
         buffer_rows=buffer_rows,
         log_every=log_every,
+        streams=streams,
         checkpoint_every=checkpoint_every,
     )
     dataset = _open(data, target, features, weights, missing, allow_missing_chunks)

@@ -22,8 +22,10 @@ from streamlr.descent.automatic import sample_bytes, sample_rows, walk_of
 from streamlr.descent.checkpoint import Checkpoint
 from streamlr.descent.full import FullLoop, Quadratic, Slope, SumsOf, penalised
 from streamlr.descent.loop import Loop
+from streamlr.descent.mixing import MixedLoop
 from streamlr.descent.options import Descent
 from streamlr.descent.scaling import plain_coordinates
+from streamlr.descent.sequential import SequentialLoop
 from streamlr.descent.steps import Walk, working_bytes
 from streamlr.descent.stopping import Record, chosen
 from streamlr.direct.normal import solve_bytes, solve_normal
@@ -38,6 +40,7 @@ from streamlr.passes.progress import Callback, Event
 from streamlr.passes.reduce import Reduced, reduce
 from streamlr.passes.shuffle import Position
 from streamlr.passes.stream import RowStream, plan_stream
+from streamlr.passes.streams import ParallelStreams
 from streamlr.passes.write import check_apart
 
 Array = NDArray[np.float64]
@@ -100,6 +103,7 @@ class Training:
             state_bytes=ITERATES * 8 * width * rows.n_targets + working_bytes(order.stretch_rows(width), width, order.batch_rows),
             passes=self.options.max_epochs or 1,
             memory=self.memory_limit,
+            streams=self.options.streams,
         )
         return plan, False
 
@@ -204,15 +208,19 @@ class Training:
     def _loop(self, rows: Dataset, held_out: Dataset | None, walk: Walk, kept: Checkpoint | None, plan: Plan) -> Loop:
         order, width = self._order(rows)
         prepare = walk.objective.coordinates.prepare
-        task, readers = self.options.mode, plan.tasks_at_once
-        stream = RowStream(rows, order, prepare, width=width, readers=readers, task=task, progress=self.progress)
+        reading: dict[str, Any] = {"width": width, "task": self.options.mode, "progress": self.progress}
+        save = _nothing if kept is None else kept.save
+        common = (self.options, walk, rows.target_names, self._validation(held_out), self._record(rows), save)
+        at_once = plan.tasks_at_once
+        if (count := self.options.streams) > 1:
+            streams = ParallelStreams(rows, order, prepare, streams=count, tasks_at_once=at_once, **reading)
+            return MixedLoop(*common, streams.epoch)
+        stream = RowStream(rows, order, prepare, readers=at_once, **reading)
 
         def epoch(number: int, position: tuple[int, ...]) -> Iterator[tuple[Array, tuple[int, ...]]]:
             return stream.epoch(number, Position(*position))
 
-        validate = self._validation(held_out)
-        save = _nothing if kept is None else kept.save
-        return Loop(self.options, walk, rows.target_names, epoch, validate, self._record(rows), save)
+        return SequentialLoop(*common, epoch)
 
     def _full_loop(
         self, rows: Dataset, held_out: Dataset | None, walk: Walk, kept: Checkpoint | None, by_moments: bool

@@ -20,7 +20,8 @@ from hypothesis.extra import numpy as hnp
 import streamlr
 from streamlr.aggregates.cost import Residuals
 from streamlr.descent.checkpoint import FORMAT, VERSION, Checkpoint
-from streamlr.descent.loop import Seen, State
+from streamlr.descent.loop import State
+from streamlr.descent.seen import Seen
 from streamlr.descent.steps import Iterate
 from streamlr.descent.stopping import Record
 from streamlr.descent.updates import AdamState, Average, Best, MomentumState

@@ -20,8 +20,8 @@ from streamlr import Descent
 from streamlr.aggregates.cost import residual_sums
 from streamlr.dataset.ingest import ingest
 from streamlr.demo import FORMULA, flights_path
-from streamlr.descent.loop import Seen
 from streamlr.descent.scaling import Coordinates
+from streamlr.descent.seen import Seen
 from streamlr.errors import Diverged, NonFiniteValue, NoRows, NumericalError, UsageError
 
 DATA = Path(__file__).parent / "data"

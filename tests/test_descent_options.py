@@ -54,6 +54,7 @@ VALUES: dict[str, tuple[list[Any], tuple[str, ...]]] = {
     "buffer_rows": ([None, 1, 1000], ("minibatch", "sgd")),
     "log_every": ([None, 1, 1000], ("minibatch", "sgd")),
     "checkpoint_every": ([None, 1, 1000], MODES),
+    "streams": ([1, 2, 7], ("minibatch", "sgd")),
 }
 
 
@@ -66,6 +67,8 @@ def options(draw: st.DrawFn) -> Any:
             chosen[name] = draw(st.sampled_from(values))
     if chosen.get("shuffle") is False:
         chosen.pop("buffer_rows", None)
+    if chosen.get("streams", 1) > 1:
+        chosen.pop("log_every", None)
     descent = Descent(mode, **chosen)
     return dataclasses.replace(descent, patience=draw(st.integers(1, 9))) if descent.tol else descent
 
@@ -198,7 +201,9 @@ NO_NUMBERS: list[Any] = ["1", [1], True, 1j, np.ones(2), math.nan, math.inf, -1]
 
 
 @pytest.mark.parametrize("value", [*NO_NUMBERS, 1.5, 0], ids=repr)
-@pytest.mark.parametrize("name", ["batch_size", "max_epochs", "patience", "buffer_rows", "log_every", "checkpoint_every"])
+@pytest.mark.parametrize(
+    "name", ["batch_size", "max_epochs", "patience", "buffer_rows", "log_every", "checkpoint_every", "streams"]
+)
 def test_counts_are_whole_numbers_from_one_on(name: str, value: Any):
     with pytest.raises(UsageError, match=f"^{name} is .*; allowed are whole numbers from 1 on"):
         Descent(**{name: value})
@@ -258,7 +263,7 @@ def test_an_update_is_a_word_or_a_rule(value: Any):
 
 def test_an_option_that_does_not_exist_is_no_option():
     with pytest.raises(TypeError):
-        Descent(streams=2)
+        Descent(epochs=2)
 
 
 # --- batches ---------------------------------------------------------------------------------------

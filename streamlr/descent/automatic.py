@@ -126,7 +126,7 @@ def walk_of(
     considered = options.scale == "whiten" or (options.scale == "auto" and options.mode != "gd" and enough)
     objective = Objective(coordinates, options.batch_rows(n_rows, n_features), ridge)
     m = objective.batch_rows
-    steps = -(-kept // m) * (options.max_epochs or 1)
+    steps = -(-kept // (m * options.streams)) * (options.max_epochs or 1)
     always = options.scale == "whiten" or steps < FEW_STEPS
     rows = np.empty((len(columns), coordinates.width))
     with np.errstate(all="ignore"):  # what leaves the range of float64 is found

@@ -1,23 +1,22 @@
-"""The descent over batches: epochs, records, divergence, and a state that can be written down between any two stretches."""
+"""The descent over epochs: records, divergence, and a state that can be written down. How an epoch goes, its subclasses know."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from contextlib import closing
-from dataclasses import dataclass, replace
-from time import monotonic
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from streamlr.aggregates.cost import Cost, make_cost
-from streamlr.aggregates.moments import Moments
+from streamlr.aggregates.cost import Cost
 from streamlr.descent.options import Descent
-from streamlr.descent.scaling import SMALLEST, Coordinates
+from streamlr.descent.scaling import SMALLEST
+from streamlr.descent.seen import Seen
 from streamlr.descent.steps import Iterate, Walk
-from streamlr.descent.stopping import Record, spent, verdict
-from streamlr.descent.updates import Average, Best
+from streamlr.descent.stopping import Record, verdict
+from streamlr.descent.updates import Best
 from streamlr.errors import Diverged
 
 Array = NDArray[np.float64]
@@ -35,66 +34,6 @@ class Stoppable(Protocol):
 
 
 S = TypeVar("S", bound=Stoppable)
-
-
-class Seen(NamedTuple):
-    """What the steps of the running epoch met, in units of the targets' scale and of the mean weight.
-
-    Attributes
-    ----------
-    rows, steps : int
-        Rows and steps of this epoch.
-    weight : float
-        Sum of the weights.
-    centre : (k,) float64
-        Mean of the first targets: squares of distances from it are not lost in those of a mean far from zero.
-    sums : (4, k) float64
-        Weighted sums: of sizes and squares of the residuals, of the targets' distances from the centre and of their squares.
-    """
-
-    rows: int
-    steps: int
-    weight: float
-    centre: Array
-    sums: Array
-
-    @classmethod
-    def nothing(cls, n_targets: int) -> Seen:
-        """Return what is met before the first step."""
-        return cls(0, 0, 0.0, np.zeros(n_targets), np.zeros((4, n_targets)))
-
-    def of(self, residuals: Array, targets: Array, weights: Array | None, steps: int) -> Seen:
-        """Return what was met with the residuals and targets (m, k) of some more rows, of weights (m, 1) or None."""
-        w = np.ones(len(targets)) if weights is None else weights[:, 0]
-        total = float(w.sum())
-        centre = self.centre if self.weight or not total else (w @ targets) / total  # rows of no weight have no say
-        away = targets - centre
-        sums = [w @ np.abs(residuals), _squares(residuals, weights), w @ away, _squares(away, weights)]
-        return Seen(self.rows + len(targets), self.steps + steps, self.weight + total, centre, self.sums + sums)
-
-    @property
-    def squares(self) -> tuple[float, float]:
-        """Sums of squares of the residuals, and of what they were at the start."""
-        _, squares, away, spread = self.sums
-        with np.errstate(all="ignore"):
-            return float(squares.sum()), float((spread + self.centre * (2 * away + self.centre * self.weight)).sum())
-
-    def cost(self, coordinates: Coordinates, target_names: tuple[str, ...]) -> Cost:
-        """Return the cost that was met, in the user's units."""
-        sizes, squares, away, spread = self.sums
-        scale, exponent = np.frexp(coordinates.target_scale)
-        with np.errstate(all="ignore"):  # without weight, there is an error for it
-            mean = np.ldexp(coordinates.target_mean, -exponent) + (self.centre + away / self.weight) * scale
-            scatter = np.diag(np.maximum(spread - away * (away / self.weight), 0.0) * scale**2)
-            of_targets = Moments(
-                self.rows, self.rows, self.weight, mean, np.zeros_like(mean), scatter, exponent.astype(np.int32), (), target_names
-            )
-            cost = make_cost(squares * scale**2, sizes * coordinates.target_scale, of_targets)
-        return replace(cost, weight_sum=self.weight * coordinates.mean_weight)
-
-
-def _squares(values: Array, weights: Array | None) -> Array:
-    return np.asarray(np.einsum("ij,ij->j", values, values if weights is None else weights * values))
 
 
 class State(NamedTuple):
@@ -136,12 +75,9 @@ class State(NamedTuple):
     stopped: str
 
 
-Epoch = Callable[[int, tuple[int, ...]], Iterator[tuple[Array, tuple[int, ...]]]]
-
-
 @dataclass(frozen=True, slots=True)
 class Loop:
-    """A descent over epochs of batches.
+    """A descent over epochs.
 
     Attributes
     ----------
@@ -151,8 +87,6 @@ class Loop:
         How steps are taken.
     target_names : tuple of str
         Names of the k targets.
-    epoch : callable
-        (number, position) -> iterator of prepared rows, in whole batches, and the position behind them.
     validate : callable or None
         (coef, intercept) -> Cost on held-out rows.
     record : callable
@@ -164,7 +98,6 @@ class Loop:
     options: Descent
     walk: Walk
     target_names: tuple[str, ...]
-    epoch: Epoch
     validate: Callable[[Array, Array], Cost] | None
     record: Callable[[Record], None]
     save: Callable[..., None]
@@ -189,46 +122,8 @@ class Loop:
         return state.best.b if self.validate and state.best.cost < np.inf else self._candidate(state.here)
 
     def _through_epoch(self, state: State) -> Generator[State, None, None]:
-        """Yield the states that can be gone on from, one a stretch; the last is that of the ended epoch."""
-        options = self.options
-        began = monotonic() - state.seconds
-        here, rows, seen = state.here, state.rows, state.seen
-        if not state.position and restarts(state.epoch):
-            here = here._replace(average=Average(here.b, 0.0))
-        for stretch, position in self.epoch(state.epoch, state.position):
-            for part, logs in self._parts(stretch, rows):
-                with np.errstate(all="ignore"):  # what leaves the range of float64 is found below
-                    before = here.step
-                    here, residuals = self.walk.over(part, here)
-                    _, targets, weights = self.walk.objective.coordinates.parts(part)
-                    seen = seen.of(residuals, targets, weights, here.step - before)
-                rows += len(part)
-                state = state._replace(here=here, rows=rows, seen=seen, seconds=monotonic() - began)
-                self._check(state, RUINED)
-                if logs:
-                    state = self._recorded(state, complete=False)
-            state = state._replace(position=tuple(position))
-            if stopped := spent(state.epoch, state.seconds, options):
-                if not logs:
-                    state = self._recorded(state, complete=False)
-                yield state._replace(stopped=stopped)
-                return
-            yield state
-        self._check(state, GROWN)
-        yield self._ended(state)
-
-    def _parts(self, stretch: Array, rows: int) -> Iterator[tuple[Array, bool]]:
-        """Cut rows, which come after so many others, behind the batches that a record is due after; say where it is."""
-        every, size, first = self.options.log_every, self.walk.objective.batch_rows, 0
-        while every is not None and first < len(stretch):
-            due = every - (rows + first) % every
-            if due > len(stretch) - first:
-                break
-            stop = min(first + -(-due // size) * size, len(stretch))
-            yield stretch[first:stop], True
-            first = stop
-        if first < len(stretch):
-            yield stretch[first:], False
+        """Yield the states that can be gone on from; the last is that of the ended epoch."""
+        raise NotImplementedError
 
     def _ended(self, state: State) -> State:
         """Close an epoch: record it, remember the best coefficients, ask the rules."""

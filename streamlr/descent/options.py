@@ -25,10 +25,19 @@ DEFAULTS: dict[str, tuple[Any, Any]] = {
     "shuffle": (False, True),
 }
 # no options of full-batch descent, which sees all rows in each step; what is False stands for that
-STOCHASTIC = ("batch_size", "buffer_rows", "log_every", "shuffle", "average")
+STOCHASTIC = ("batch_size", "buffer_rows", "log_every", "shuffle", "average", "streams")
 PATIENCE = 3
 PERHAPS_NONE = ("batch_size", "buffer_rows", "log_every", "checkpoint_every")
-WHOLE = {"batch_size": 1, "max_epochs": 1, "patience": 1, "seed": 0, "buffer_rows": 1, "log_every": 1, "checkpoint_every": 1}
+WHOLE = {
+    "batch_size": 1,
+    "max_epochs": 1,
+    "patience": 1,
+    "seed": 0,
+    "buffer_rows": 1,
+    "log_every": 1,
+    "checkpoint_every": 1,
+    "streams": 1,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +92,11 @@ class Descent:
         Rows after which a record is added to the history within an epoch.
     checkpoint_every : int or None
         Rows after which `fit(checkpoint=)` writes; None for every 15 seconds. Only with a checkpoint.
+    streams : int
+        Streams that go down side by side, on threads or on the workers of a cluster, each in its share of the chunks; an epoch
+        begins at the mean of where those of the last one came to, weighted by rows. The result depends on their number, and not on
+        that of threads or workers. With more than one, time is looked at and checkpoints are written between epochs only. 1 for the
+        textbook's order.
 
     Raises
     ------
@@ -92,7 +106,8 @@ class Descent:
     References
     ----------
     Robbins and Monro (1951), A stochastic approximation method, equation 8; Bottou, Curtis and Nocedal (2018), Optimization methods
-    for large-scale machine learning, algorithm 4.1.
+    for large-scale machine learning, algorithm 4.1; for streams, McDonald, Hall and Mann (2010), Distributed training strategies
+    for the structured perceptron, figure 3.
 
     Examples
     --------
@@ -117,6 +132,7 @@ class Descent:
     buffer_rows: int | None = None
     log_every: int | None = None
     checkpoint_every: int | None = None
+    streams: int = 1
 
     def __post_init__(self) -> None:
         for name, value, allowed in (("mode", self.mode, MODES), ("scale", self.scale, SCALES)):
@@ -146,6 +162,8 @@ class Descent:
             raise UsageError(
                 f"patience is {self.patience}, and tol is 0: no cost is watched; give a tol above 0, or leave patience out"
             )
+        if self.streams > 1 and self.log_every is not None:
+            raise UsageError("log_every is for records within an epoch, and streams that run side by side have none; leave one out")
         if not self.shuffle and self.buffer_rows is not None:
             raise UsageError("buffer_rows is the size of the shuffle buffer, and shuffle is False; leave one of them out")
 
@@ -153,7 +171,8 @@ class Descent:
         """Refuse options that this mode would ignore."""
         foreign = {"gd": STOCHASTIC, "sgd": ("batch_size",)}.get(self.mode, ())
         for name in foreign:
-            if (value := getattr(self, name)) is not None and value is not False:
+            value = getattr(self, name)
+            if value is not None and value is not False and not (name == "streams" and value == 1):
                 raise UsageError(f"{name} is no option of mode {self.mode!r}; leave it out, or choose mode 'minibatch'")
 
     def _take(self, name: str, value: Any) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from typing import Any
 
 from zarr.storage import MemoryStore
@@ -137,7 +137,7 @@ def check_workers(client: Any, arrays: Sequence[Rows]) -> None:
             )
 
 
-def run_on(client: Any, root: Any, key: str, heard: Callable[[int], None]) -> Any:
+def run_on(client: Any, root: Any, key: str = "", heard: Callable[[int], None] | None = None) -> Any:
     """Run a graph on a cluster, and watch it.
 
     Parameters
@@ -148,7 +148,7 @@ def run_on(client: Any, root: Any, key: str, heard: Callable[[int], None]) -> An
         The graph's end.
     key : str
         Of the pass; its workers tell of their progress under this topic.
-    heard : callable
+    heard : callable, optional
         Called with the rows that a worker tells of, in this thread.
 
     Raises
@@ -158,9 +158,7 @@ def run_on(client: Any, root: Any, key: str, heard: Callable[[int], None]) -> An
     """
     import distributed
 
-    told: SimpleQueue[int] = SimpleQueue()
-    with _translated(client):
-        client.subscribe_topic(key, lambda event: told.put(event[1]))
+    with _translated(client), _told(client, key) as told:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Sending large graph")  # it was looked at before
             future = client.compute(root)
@@ -171,16 +169,28 @@ def run_on(client: Any, root: Any, key: str, heard: Callable[[int], None]) -> An
                     if future.status == "finished":
                         return future.result(timeout=PATIENCE)  # the worker that holds it may die before it is fetched
                     distributed.wait(future, timeout=LOOK)
-                with suppress(Empty):
-                    while True:
-                        heard(told.get_nowait())
+                while heard is not None and not told.empty():
+                    heard(told.get())
                 watch.look()
             return future.result()
         finally:
-            if client.status == "running":
-                client.unsubscribe_topic(key)
-                if not future.done():
-                    future.cancel()
+            if client.status == "running" and not future.done():
+                future.cancel()
+
+
+@contextmanager
+def _told(client: Any, topic: str) -> Iterator[SimpleQueue[int]]:
+    """Yield a queue of what workers tell under a topic while the block runs."""
+    told: SimpleQueue[int] = SimpleQueue()
+    if not topic:
+        yield told
+        return
+    client.subscribe_topic(topic, lambda event: told.put(event[1]))
+    try:
+        yield told
+    finally:
+        if client.status == "running":
+            client.unsubscribe_topic(topic)
 
 
 def tell(key: str, rows: int) -> None:

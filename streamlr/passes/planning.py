@@ -112,7 +112,7 @@ def check_plan(plan: Plan) -> None:
         )
 
 
-def make_plan(dataset: Dataset, cut: Sequence[Span], **needs: Any) -> Plan:
+def make_plan(dataset: Dataset, cut: Sequence[Any], **needs: Any) -> Plan:
     """Return what `draft_plan` does, or raise `MemoryLimitExceeded`."""
     plan = draft_plan(dataset, cut, **needs)
     check_plan(plan)
@@ -121,7 +121,7 @@ def make_plan(dataset: Dataset, cut: Sequence[Span], **needs: Any) -> Plan:
 
 def draft_plan(
     dataset: Dataset,
-    cut: Sequence[Span],
+    cut: Sequence[Any],
     *,
     task: str,
     merges: int,
@@ -133,7 +133,7 @@ def draft_plan(
     memory: int | str | None,
     here: bool = False,
 ) -> Plan:
-    """Return the plan of these spans with as many tasks at once as the limit allows; none where not even one fits.
+    """Return the plan of these spans, one a task, with as many tasks at once as the limit allows; none where not even one fits.
 
     The solution is made when no task runs any more, so the peak is the larger of the two. On a cluster the memory is a worker's,
     which runs as many tasks at once as it has threads, whatever they need; but tasks that are threads of this process stay `here`.

@@ -25,13 +25,18 @@ def active_client() -> Any:
     """Return the `distributed.Client` whose cluster Dask would use, or None; none within a task, which would wait for itself."""
     distributed = sys.modules.get("distributed")
     client = getattr(ambient_scheduler(), "__self__", None)
-    if distributed is None or not isinstance(client, distributed.Client):
-        return None
+    return client if distributed is not None and isinstance(client, distributed.Client) and not is_task() else None
+
+
+def is_task() -> bool:
+    """Whether this is a task on a worker of a cluster."""
+    if "distributed" not in sys.modules:
+        return False
     try:
-        distributed.get_worker()
+        sys.modules["distributed"].get_worker()
     except ValueError:
-        return client
-    return None
+        return False
+    return True
 
 
 def is_threaded() -> bool:

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from streamlr.dataset.blocks import Plan, Span, format_bytes
 from streamlr.dataset.dataset import Dataset
 from streamlr.dataset.tally import Tally
-from streamlr.errors import MemoryLimitExceeded
+from streamlr.errors import MemoryLimitExceeded, UsageError
 from streamlr.passes.memory import one_blas_thread
-from streamlr.passes.order import Order, unit_spans
+from streamlr.passes.order import Order, most_rows, unit_spans
 from streamlr.passes.pieces import Prepare, new_piece, prepared, unit_reader
 from streamlr.passes.planning import make_plan
 from streamlr.passes.progress import Callback, running_pass, share_of_pass
@@ -40,8 +40,9 @@ def plan_stream(
     state_bytes: int = 0,
     passes: int,
     memory: int | str | None,
+    streams: int = 1,
 ) -> Plan:
-    """Plan epochs: as many readers at once as there are workers and as memory allows; the buffer is never shrunk.
+    """Plan epochs: as many readers at once as there are workers and as memory allows; buffers are never shrunk.
 
     Parameters
     ----------
@@ -59,22 +60,44 @@ def plan_stream(
         Readings of all rows at most.
     memory : int, str or None
         The limit; see `memory_limit`.
+    streams : int
+        Of more than one, each is a task that has a buffer and a state of its own.
 
     Raises
     ------
     MemoryLimitExceeded
         The buffer and one reader do not fit; the message has the numbers.
+    UsageError
+        There are more streams than chunks to share.
     """
-    capacity = order.capacity(dataset, width)
+    units = unit_spans(dataset)
+    if streams > len(units):
+        raise UsageError(
+            f"streams is {streams:,}, and the rows are read in {len(units):,} piece(s), of whole chunks and 4 MB or more; choose "
+            "at most so many streams"
+        )
+    capacity = min(order.capacity(dataset, width), -(-len(units) // streams) * most_rows(units))
     buffer = (capacity * width + 2 * (capacity // order.run + 1)) * 8  # two integers a run for the order of its slots
+    reading, descending = dataset.reader_bytes, buffer + order.stretch_rows(width) * width * 8
     try:
+        if streams > 1:
+            return make_plan(
+                dataset,
+                range(streams),
+                task=task,
+                merges=1,
+                task_bytes=reading + new_piece(width).nbytes + descending + state_bytes,
+                result_bytes=sample_bytes + streams * state_bytes,
+                passes=passes,
+                memory=memory,
+            )
         plan = make_plan(
             dataset,
-            unit_spans(dataset),
+            units,
             task=task,
             merges=0,
-            task_bytes=dataset.reader_bytes + PIECES_AHEAD * new_piece(width).nbytes,
-            result_bytes=max(buffer + order.stretch_rows(width) * width * 8, sample_bytes) + state_bytes,
+            task_bytes=reading + PIECES_AHEAD * new_piece(width).nbytes,
+            result_bytes=max(descending, sample_bytes) + state_bytes,
             passes=passes,
             memory=memory,
             here=True,

@@ -21,7 +21,7 @@ from streamlr.errors import DataError, RowCountMismatch, StoreChanged, StreamlrE
 from streamlr.passes.cluster import check_workers, run_on
 from streamlr.passes.memory import one_blas_thread
 from streamlr.passes.progress import Share, find_pass
-from streamlr.passes.schedulers import active_client, has_pool, is_threaded
+from streamlr.passes.schedulers import active_client, has_pool, is_task, is_threaded
 
 
 def span_tasks(dataset: Dataset, cut: Sequence[Span], name: str, function: Any, arguments: tuple[Any, ...]) -> list[Delayed]:
@@ -79,11 +79,22 @@ def blocks_of(dataset: Dataset, span: Span, share: Share, tile: int, lazy: Seque
 
 
 def with_computed(dataset: Dataset, span: Span) -> Dataset:
-    """Compute the rows of a span of every Dask array, here and now, and put them in the arrays' places."""
+    """Compute the rows of a span of every Dask array, now, and put them in the arrays' places."""
     lazy = [rows.array[span.start : span.stop] for rows in dataset.arrays if isinstance(rows, DaskRows)]
-    options = {"scheduler": "sync"} if is_threaded() else {}  # who calls this is one of several threads already
     with errors_of_graphs(dataset):
-        return with_blocks(_described(dataset, sent=False), span, dask_compute(*lazy, **options))
+        return with_blocks(_described(dataset, sent=False), span, _computed(lazy))
+
+
+def _computed(lazy: Sequence[Any]) -> Sequence[Any]:
+    """Compute Dask arrays for who waits for them: one of several threads, or one of a cluster's tasks."""
+    if client := active_client():
+        return list(run_on(client, delayed(list)(lazy)))
+    if is_task():
+        from distributed import worker_client
+
+        with worker_client():  # this task makes room for theirs, which go where their blocks lie
+            return list(dask_compute(*lazy))
+    return list(dask_compute(*lazy, **({"scheduler": "sync"} if is_threaded() else {})))
 
 
 def compute(root: Delayed, arrays: Sequence[Rows], key: str, tasks_at_once: int) -> Any:

@@ -1,0 +1,112 @@
+"""An epoch's rows as several streams, each a task of its own, wherever tasks run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import repeat
+from typing import TypeVar
+
+import numpy as np
+from dask.delayed import delayed
+from numpy.typing import NDArray
+
+from streamlr.dataset.blocks import Span
+from streamlr.dataset.dataset import Dataset
+from streamlr.dataset.tally import Tally
+from streamlr.passes.memory import one_blas_thread
+from streamlr.passes.order import Order
+from streamlr.passes.pieces import Prepare, new_piece, prepared, unit_reader
+from streamlr.passes.progress import Callback, Share, running_pass, share_of_pass
+from streamlr.passes.shuffle import Piece
+from streamlr.passes.tasks import begin, compute, end, errors_of_graphs
+
+Array = NDArray[np.float64]
+R = TypeVar("R")
+Use = Callable[[Iterator[Array]], R]
+
+
+class ParallelStreams:
+    """Epochs of a dataset's rows in streams: the units, in the order of the epoch, are dealt to them in turn.
+
+    Which rows a stream has, and in which order, depends on the order and the number of streams, and not on who reads them.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        The rows.
+    order : Order
+        In which order units come, and rows in each stream.
+    prepare : callable
+        Writes rows x (m, p) and y (m, k), with their weights (m,) or None, into `out` (m, width), in the task that read them.
+    width : int
+        Numbers of a prepared row.
+    streams : int
+        How many.
+    tasks_at_once : int
+        How many of them this machine runs at once, if it is this machine.
+    task : str
+        What the pass is called in events.
+    progress : callable, optional
+        Called with an `Event` at every tile.
+
+    Raises
+    ------
+    DataError
+        A chunk is missing, or the store is not what it was when it was opened.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        order: Order,
+        prepare: Prepare,
+        *,
+        width: int,
+        streams: int,
+        tasks_at_once: int,
+        task: str,
+        progress: Callback | None,
+    ) -> None:
+        self.dataset, self.order, self.prepare, self.width = dataset, order, prepare, width
+        self.streams, self.tasks_at_once, self.task, self.progress = streams, tasks_at_once, task, progress
+        self._before = begin(dataset)
+
+    def epoch(self, number: int, use: Use[R]) -> list[R]:
+        """Return what `use` made of the stretches of each stream, and check that every row was seen and none has changed."""
+        dataset = self.dataset
+        with running_pass(self.task, dataset.stored_rows, dataset.row_bytes, self.progress) as key:
+            values = (dataset, self.order, self.prepare, self.width, number, self.streams, use, key)
+            context = [delayed(value, traverse=False, name=f"context-{key}-{i}") for i, value in enumerate(values)]
+            name = f"epoch {number + 1}-{key}"
+            parts = [delayed(read_stream)(i, *context, dask_key_name=f"{name}-{i}") for i in range(self.streams)]
+            with errors_of_graphs(dataset):
+                found = compute(delayed(gather)(*parts, dask_key_name=f"gather-{key}"), dataset.arrays, key, self.tasks_at_once)
+        end(dataset, self._before, sum((tally for _, tally in found), Tally()))
+        return [value for value, _ in found]
+
+
+def read_stream(
+    stream: int, dataset: Dataset, order: Order, prepare: Prepare, width: int, number: int, streams: int, use: Use[R], key: str
+) -> tuple[R, Tally]:
+    """Task: give the stretches of one stream of an epoch to `use`."""
+    every = order.units(dataset, number)
+    units = [every[i] for i in range(stream, len(every), streams)]
+    capacity = min(order.capacity(dataset, width), sum(unit.stop - unit.start for unit in units))
+    with share_of_pass(key) as share, one_blas_thread(), np.errstate(all="ignore"):  # what leaves float64 shows in the descent
+        pieces = _pieces(dataset, units, prepare, width, share)
+        value = use(stretch for stretch, _ in order.stretches(pieces, width, capacity, (number, stream)))
+    return value, share.tally
+
+
+def gather(*parts: tuple[R, Tally]) -> list[tuple[R, Tally]]:
+    """Task: put together what the streams have become."""
+    return list(parts)
+
+
+def _pieces(dataset: Dataset, units: list[Span], prepare: Prepare, width: int, share: Share) -> Iterator[Piece]:
+    reader, rooms = unit_reader(dataset), repeat(new_piece(width))
+    for number, unit in enumerate(units):
+        offset = 0
+        for room, filled in prepared(dataset, reader, unit, prepare, share.note, rooms):
+            yield Piece(number, offset, room[:filled])
+            offset += filled
