@@ -95,7 +95,7 @@ def crew(threads: int | None, workers: int | None, scheduler: str | None, certif
         with nullcontext() if threads is None else dask.config.set(num_workers=threads):
             yield
         return
-    from streamlr.passes.cluster import connected
+    from streamlr.passes.connect import connected
 
     with connected(scheduler, workers, certificates) as dashboard:
         if sys.stderr.isatty():

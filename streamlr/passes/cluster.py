@@ -1,143 +1,31 @@
-"""A Dask cluster: its workers and their memory, a graph that runs on them, and what it means when they fail."""
+"""A graph that runs on a Dask cluster, watched, and what it means when workers or the scheduler fail."""
 
 from __future__ import annotations
 
-import logging
-import os
-import platform
-import signal
-import sys
+import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from queue import SimpleQueue
 from typing import Any
 
-from zarr.storage import MemoryStore
-
-from streamlr.dataset.blocks import format_bytes
-from streamlr.dataset.dask_rows import DaskRows
-from streamlr.dataset.integrity import local_root
-from streamlr.dataset.rows import MemoryRows, Rows
-from streamlr.dataset.zarr_rows import ZarrRows
-from streamlr.errors import ClusterError, StreamlrError, UsageError
-from streamlr.passes.memory import SHARE, parse_bytes
+from streamlr.errors import ClusterError, StreamlrError
+from streamlr.passes.progress import stop_tasks, topic_of
 
 PATIENCE = 20.0  # seconds without a worker, or without the scheduler, after which a pass gives up
 LOOK = 0.2  # seconds between looks at a pass that runs
-WORKER_BYTES = 220_000_000  # a worker with the imports of a fit, as measured
-SENT_BYTES = 100_000_000  # of NumPy rows that are sent to workers, at most
-MUST_AGREE = ("streamlr", "numpy", "zarr", "numcodecs", "dask")
+STOPPING = 1.5  # seconds to wait for tasks to notice that they are cancelled
 
 
-@dataclass(frozen=True, slots=True)
-class Workers:
-    """What the workers of a cluster have.
-
-    Attributes
-    ----------
-    threads, together : int
-        Tasks that all of them run at once, and that one of them does at most.
-    memory_bytes, used_bytes : int or None, int
-        The least memory limit of a worker, if there is one, and the most that a worker uses already.
-    least : str
-        The address of the worker with that limit.
-    """
-
-    threads: int
-    together: int
-    memory_bytes: int | None
-    used_bytes: int
-    least: str
-
-    def memory_limit(self, asked: int | str | None) -> tuple[int, str]:
-        """Return the limit, in bytes, that a plan must keep on each worker, and where it comes from."""
-        if asked is not None:
-            return parse_bytes(asked), "as asked, for each worker"
-        if self.memory_bytes is None:
-            return sys.maxsize, "workers without a memory limit"
-        return int(SHARE * self.memory_bytes), f"{SHARE:.0%} of the {format_bytes(self.memory_bytes)} of worker {self.least}"
-
-
-def workers_of(client: Any) -> Workers:
-    """Return what a cluster's workers have, after waiting a while for the first of them.
-
-    Raises
-    ------
-    ClusterError
-        There is none, or the scheduler does not answer.
-    """
-    with _translated(client):
-        found = client.scheduler_info(n_workers=-1)["workers"]
-        if not found:
-            with suppress(TimeoutError):
-                client.wait_for_workers(1, timeout=PATIENCE)
-            found = client.scheduler_info(n_workers=-1)["workers"]
-    if not found:
-        raise _no_workers(client)
-    limits = {address: facts["memory_limit"] for address, facts in found.items() if facts["memory_limit"]}
-    least = min(limits, key=lambda address: limits[address]) if limits else next(iter(found))
-    return Workers(
-        threads=sum(facts["nthreads"] for facts in found.values()),
-        together=max(facts["nthreads"] for facts in found.values()),
-        memory_bytes=limits.get(least),
-        used_bytes=max(WORKER_BYTES, *(int(facts.get("metrics", {}).get("memory", 0)) for facts in found.values())),
-        least=least,
-    )
-
-
-def check_workers(client: Any, arrays: Sequence[Rows]) -> None:
-    """Check, before a pass, that every worker has our versions of what computes and sees the stores.
-
-    Raises
-    ------
-    UsageError
-        Rows are in this process's memory, where no worker sees them, and are too many to send.
-    ClusterError
-        A worker has other versions, or does not see a store.
-    """
-    sent = sum(rows.array.nbytes for rows in arrays if isinstance(rows, MemoryRows))
-    if sent > SENT_BYTES:
-        raise UsageError(
-            f"NumPy arrays of {format_bytes(sent)} would be sent to the workers, and allowed are {format_bytes(SENT_BYTES)}; write "
-            "them to a zarr store that the workers see and open it, or make Dask arrays where the data are"
-        )
-    roots = []
-    for label, array in [pair for rows in arrays for pair in _stored_arrays(rows)]:
-        store = array.store
-        while hasattr(store, "_store"):  # a zarr.storage.WrapperStore, which documents this attribute
-            store = store._store
-        if isinstance(store, MemoryStore):
-            raise UsageError(f"array {label!r} is in this process's memory, where no worker sees it; write it to a disk they share")
-        if root := local_root(array):
-            roots.append((str(root), os.path.abspath(root)))
-    own = _look_around([])
-    with _translated(client):
-        found = client.run(_look_around, roots, on_error="return")
-    for address, seen in found.items():
-        if isinstance(seen, ModuleNotFoundError):
-            raise ClusterError(f"worker {address} cannot import {seen.name!r}; install streamlr {own['streamlr']} there")
-        if isinstance(seen, OSError):
-            continue  # it died just now, and others do its work
-        if isinstance(seen, Exception):
-            raise ClusterError(f"worker {address} does not answer ({type(seen).__name__}: {seen}); look at its log")
-        for name in ("Python", *MUST_AGREE):
-            if seen[name] != own[name]:
-                raise ClusterError(
-                    f"worker {address} has {name} {seen[name]}, and here is {own[name]}: results could have other bits; install "
-                    "the same on all machines"
-                )
-        if seen["unseen"]:
-            raise ClusterError(
-                f"worker {address} on {seen['host']} does not see the store {seen['unseen'][0]}; put it on a disk that all workers "
-                "share, under the same path, or in object storage"
-            )
-
-
-def run_on(client: Any, root: Any, key: str = "", heard: Callable[[int], None] | None = None) -> Any:
+def run_on(
+    client: Any,
+    root: Any,
+    key: str = "",
+    heard: Callable[[int], None] | None = None,
+    check: Callable[[Iterable[str]], None] | None = None,
+) -> Any:
     """Run a graph on a cluster, and watch it.
 
     Parameters
@@ -147,9 +35,11 @@ def run_on(client: Any, root: Any, key: str = "", heard: Callable[[int], None] |
     root : Delayed
         The graph's end.
     key : str
-        Of the pass; its workers tell of their progress under this topic.
+        Of the pass that its tasks take part in; empty where they take part in none.
     heard : callable, optional
         Called with the rows that a worker tells of, in this thread.
+    check : callable, optional
+        Called with the addresses of the workers that run tasks, before, now and then, and after.
 
     Raises
     ------
@@ -158,115 +48,65 @@ def run_on(client: Any, root: Any, key: str = "", heard: Callable[[int], None] |
     """
     import distributed
 
-    with _translated(client), _told(client, key) as told:
+    with translated(client), _told(client, key) as told:
+        watch = _Watch(client, check)
+        watch.look(now=check is not None)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Sending large graph")  # it was looked at before
             future = client.compute(root)
-        watch = _Watch(client)
         try:
             while future.status in ("pending", "lost", "finished"):
                 with suppress(TimeoutError):  # of waiting: a task that raised one has another status
                     if future.status == "finished":
-                        return future.result(timeout=PATIENCE)  # the worker that holds it may die before it is fetched
+                        result = future.result(timeout=PATIENCE)  # the worker that holds it may die before it is fetched
+                        watch.look(now=check is not None)
+                        return result
                     distributed.wait(future, timeout=LOOK)
                 while heard is not None and not told.empty():
                     heard(told.get())
                 watch.look()
             return future.result()
-        finally:
-            if client.status == "running" and not future.done():
-                future.cancel()
+        except BaseException:
+            if client.status == "running":
+                _stop(client, future, key)
+            raise
 
 
-@contextmanager
-def _told(client: Any, topic: str) -> Iterator[SimpleQueue[int]]:
-    """Yield a queue of what workers tell under a topic while the block runs."""
-    told: SimpleQueue[int] = SimpleQueue()
-    if not topic:
-        yield told
-        return
-    client.subscribe_topic(topic, lambda event: told.put(event[1]))
-    try:
-        yield told
-    finally:
-        if client.status == "running":
-            client.unsubscribe_topic(topic)
-
-
-def tell(key: str, rows: int) -> None:
-    """Tell the pass `key`, in another process, that a task of it has read some more rows; nobody hears it but a Dask client."""
-    if "distributed" in sys.modules:
-        with suppress(ValueError):  # no worker of a cluster
-            sys.modules["distributed"].get_worker().log_event(key, rows)
-
-
-@contextmanager
-def connected(scheduler: str | None = None, workers: int | None = None, certificates: Sequence[str | None] = ()) -> Iterator[str]:
-    """Use a cluster while the block runs: that of a scheduler, or one of so many processes of this machine; yield its dashboard.
-
-    Parameters
-    ----------
-    scheduler : str or None
-        Its address, such as "tcp://10.0.0.1:8786".
-    workers : int or None
-        Processes to start, of one thread each.
-    certificates : sequence of str
-        Files for TLS: the authority, this side's certificate, and its key; empty, or of None, without TLS.
+def run(client: Any, function: Callable[..., Any], *arguments: Any, workers: list[str] | None = None) -> dict[str, Any]:
+    """Call a function on workers, beside their tasks, and return what each returned or raised.
 
     Raises
     ------
-    ClusterError
-        The scheduler does not answer.
-    UsageError
-        The package `distributed` is not installed.
+    TimeoutError
+        Not all of them answered in time.
     """
-    try:
-        import distributed
-    except ImportError as error:
-        raise UsageError("a cluster needs the package distributed: pip install 'streamlr[cluster]'") from error
-    if scheduler is not None:
-        files = dict(zip(("tls_ca_file", "tls_client_cert", "tls_client_key"), certificates, strict=False))
-        security = distributed.Security(require_encryption=True, **files) if any(certificates) else None
-        try:
-            client = distributed.Client(scheduler, timeout=PATIENCE, security=security)
-        except (OSError, ValueError, TypeError) as error:
-            raise ClusterError(f"no scheduler answers at {scheduler} ({error}); check address, port and certificates") from error
-        with client:
-            yield client.dashboard_link
-    else:
-        options = {"threads_per_worker": 1, "dashboard_address": ":0", "preload": [__name__], "silence_logs": logging.ERROR}
-        with distributed.LocalCluster(n_workers=workers, **options) as cluster, distributed.Client(cluster) as client:
-            yield client.dashboard_link
+    answers: dict[str, Any] = _in_time(client.run, function, *arguments, workers=workers, on_error="return")
+    return answers
 
 
-def dask_setup(worker: Any) -> None:
-    """Leave Ctrl-C, which a terminal sends to all processes, to the one that stops them: Dask calls this as a worker starts."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def running(client: Any) -> dict[str, Any]:
+    """Return what the scheduler knows of the workers that run tasks: not of those that it has paused, for want of memory.
+
+    Raises
+    ------
+    TimeoutError
+        The scheduler does not answer.
+    """
+    workers = _in_time(client.scheduler_info, n_workers=-1)["workers"]
+    return {address: facts for address, facts in workers.items() if facts.get("status", "running") == "running"}
 
 
-class _Watch:
-    """Counts for how long a cluster has been without workers or scheduler."""
-
-    def __init__(self, client: Any) -> None:
-        self._client = client
-        self._well = self._looked = time.monotonic()
-
-    def look(self) -> None:
-        """Raise `ClusterError` when that was for too long."""
-        now = time.monotonic()
-        if now - self._looked < 1:
-            return
-        self._looked = now
-        there = self._client.status == "running"
-        with suppress(OSError):  # the scheduler went away just now
-            if there and self._client.scheduler_info(n_workers=1)["workers"]:
-                self._well = now
-        if now - self._well > PATIENCE:
-            raise _no_workers(self._client) if there else _no_scheduler(self._client)
+def no_workers(client: Any) -> ClusterError:
+    """Return the error of a cluster without workers."""
+    address = client.scheduler.address
+    return ClusterError(
+        f"the cluster at {address} has had no worker that runs tasks for {PATIENCE:.0f} seconds; start some: dask worker "
+        f"{address}, and if they died or are paused, look at their logs and their memory"
+    )
 
 
 @contextmanager
-def _translated(client: Any) -> Iterator[None]:
+def translated(client: Any) -> Iterator[None]:
     """Say in our words how a cluster failed."""
     import distributed
 
@@ -280,6 +120,8 @@ def _translated(client: Any) -> Iterator[None]:
             f"{error.allowed_failures + 1} workers died while they ran the task {error.task!r}, the last of them {worker}. A "
             "worker that goes over its memory limit is killed: give workers more memory or fewer threads, and look at their logs"
         ) from error
+    except _NoAnswer as error:
+        raise _silence(client) from error
     except (distributed.CancelledError, OSError) as error:
         of_a_task = isinstance(error, OSError) and not type(error).__module__.startswith("distributed.")
         if of_a_task and client.status == "running":
@@ -287,11 +129,97 @@ def _translated(client: Any) -> Iterator[None]:
         raise _no_scheduler(client) from error
 
 
-def _no_workers(client: Any) -> ClusterError:
-    address = client.scheduler.address
+class _NoAnswer(TimeoutError):
+    """Scheduler or workers are there and do not answer."""
+
+
+def _in_time(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Call what may wait for ever, in a thread that may."""
+    answer: Future[Any] = Future()
+
+    def call() -> None:
+        try:
+            answer.set_result(function(*arguments, **options))
+        except BaseException as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    try:
+        return answer.result(timeout=PATIENCE)
+    except TimeoutError as error:
+        if answer.done():
+            raise
+        raise _NoAnswer(f"nothing answered for {PATIENCE:.0f} seconds") from error
+
+
+def _stop(client: Any, future: Any, key: str) -> None:
+    """Cancel what runs, and wait, for a while, until no task is left to read or write behind our back."""
+    with suppress(Exception):  # what went wrong before is what matters
+        future.cancel()
+        deadline = time.monotonic() + STOPPING
+        while key and time.monotonic() < deadline:
+            left = run(client, stop_tasks, key)
+            if not any(count for count in left.values() if isinstance(count, int)):
+                return
+            time.sleep(LOOK / 4)
+
+
+@contextmanager
+def _told(client: Any, key: str) -> Iterator[SimpleQueue[int]]:
+    """Yield a queue of the rows that workers tell of while the block runs."""
+    told: SimpleQueue[int] = SimpleQueue()
+    if not key:
+        yield told
+        return
+    _listeners[key] = told
+    client.subscribe_topic(topic_of(key), _hear)
+    try:
+        yield told
+    finally:
+        del _listeners[key]
+        if client.status == "running" and not _listeners:
+            client.unsubscribe_topic(topic_of(key))
+
+
+_listeners: dict[str, SimpleQueue[int]] = {}  # passes of this process; it has one topic, since schedulers keep topics for ever
+
+
+def _hear(event: tuple[float, tuple[str, int]]) -> None:
+    key, rows = event[1]
+    if listener := _listeners.get(key):
+        listener.put(rows)
+
+
+class _Watch:
+    """Counts for how long a cluster has been without workers or scheduler."""
+
+    def __init__(self, client: Any, check: Callable[[Iterable[str]], None] | None) -> None:
+        self._client, self._check = client, check
+        self._well = self._looked = time.monotonic()
+
+    def look(self, *, now: bool = False) -> None:
+        """Look once a second, or `now`; raise `ClusterError` when there was nobody for too long, or somebody who must not be."""
+        if not now and time.monotonic() - self._looked < 1:
+            return
+        there = self._client.status == "running"
+        try:
+            if there and (workers := running(self._client)):
+                if self._check is not None:
+                    self._check(workers)
+                self._well = time.monotonic()
+        except (_NoAnswer, StreamlrError):
+            raise
+        except OSError:  # the scheduler went away just now
+            pass
+        self._looked = time.monotonic()
+        if self._looked - self._well > PATIENCE:
+            raise no_workers(self._client) if there else _no_scheduler(self._client)
+
+
+def _silence(client: Any) -> ClusterError:
     return ClusterError(
-        f"the cluster at {address} has had no worker for {PATIENCE:.0f} seconds; start some: dask worker {address}, and if they "
-        "died, look at their logs"
+        f"the scheduler at {client.scheduler.address}, or one of its workers, is there and has not answered for {PATIENCE:.0f} "
+        "seconds; look at their logs, and at the load of their machines"
     )
 
 
@@ -300,21 +228,3 @@ def _no_scheduler(client: Any) -> ClusterError:
         f"the scheduler at {getattr(client.scheduler, 'address', 'an unknown address')} went away, or dropped the pass; start it "
         "again and repeat"
     )
-
-
-def _stored_arrays(rows: Rows) -> list[tuple[str, Any]]:
-    if isinstance(rows, ZarrRows):
-        return [(rows.label, rows.array)]
-    return rows.zarr_sources() if isinstance(rows, DaskRows) else []
-
-
-def _look_around(roots: list[tuple[str, str]]) -> dict[str, Any]:
-    """Task: tell what is installed here, and which of some folders, as given and in full, are not there or lie elsewhere."""
-    found: dict[str, Any] = {"Python": ".".join(platform.python_version_tuple()[:2]), "host": platform.node()}
-    for name in MUST_AGREE:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "(not installed)"
-    found["unseen"] = [place for root, place in roots if os.path.abspath(root) != place or not os.path.isdir(root)]
-    return found

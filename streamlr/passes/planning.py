@@ -10,9 +10,9 @@ from streamlr.dataset.blocks import Plan, Span, format_bytes, spans, tile_rows
 from streamlr.dataset.dask_rows import DaskRows
 from streamlr.dataset.dataset import Dataset
 from streamlr.errors import MemoryLimitExceeded
-from streamlr.passes.cluster import workers_of
 from streamlr.passes.memory import memory_in_use, memory_limit
 from streamlr.passes.schedulers import active_client, worker_count
+from streamlr.passes.workers import workers_of
 
 FAN_IN = 4  # partials that one merging task joins
 OPEN_BYTES = 32 * 2**20  # what a span may leave; more, and it is cut at powers of two of tiles, to leave one node
@@ -136,7 +136,8 @@ def draft_plan(
     """Return the plan of these spans, one a task, with as many tasks at once as the limit allows; none where not even one fits.
 
     The solution is made when no task runs any more, so the peak is the larger of the two. On a cluster the memory is a worker's,
-    which runs as many tasks at once as it has threads, whatever they need; but tasks that are threads of this process stay `here`.
+    which runs as many tasks at once as it has threads, whatever they need, and the solution is made by the client, which must have
+    room for it; but tasks that are threads of this process stay `here`.
     """
     client = None if here else active_client()
     if client is None:
@@ -149,6 +150,12 @@ def draft_plan(
         limit, source = workers.memory_limit(memory)
         base, together = workers.used_bytes, min(workers.together, len(cut))
         at_once = min(workers.threads, len(cut)) if base + result_bytes + together * task_bytes <= limit else 0
+        own_limit, own_source = memory_limit(None)  # the solution is made here
+        own_base = memory_in_use(own_source)
+        if own_base + solution_bytes > own_limit:
+            limit, source, base, at_once, together = own_limit, f"{own_source}, of the client", own_base, 0, 1
+        else:
+            solution_bytes = 0
     return Plan(
         solver=task,
         n_rows=dataset.stored_rows,

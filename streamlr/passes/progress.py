@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 import secrets
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 from streamlr.dataset.checked import DatasetReader
 from streamlr.dataset.tally import Tally
 from streamlr.errors import Cancelled
-from streamlr.passes.cluster import tell
 
 PATIENCE = 1.5  # seconds to wait for tasks to notice that they are cancelled; Ctrl-C should end the process within two
 TELL = 0.5  # seconds between what a task tells a pass of another process
@@ -138,26 +138,51 @@ class PassElsewhere:
     """A task's view of a pass that runs in another process, to which it tells what it has done every now and then."""
 
     def __init__(self, key: str) -> None:
+        self.key, self.cancelled = key, False
         self.readers: list[DatasetReader] = []
-        self._key = key
         self._rows = 0
         self._told = time.monotonic()
 
     @contextmanager
     def task(self) -> Iterator[None]:
-        """Tell of the last rows when the block ends."""
-        yield
+        """Be known here while the block runs, and tell of the last rows when it ends."""
+        _elsewhere.add(self)
+        try:
+            yield
+        finally:
+            _elsewhere.discard(self)
         self._tell()
 
     def note(self, tally: Tally) -> None:
-        """Count rows that were read."""
+        """Count rows that were read, and raise `Cancelled` when the pass is to stop."""
+        if self.cancelled:
+            raise Cancelled(CANCELLED)
         self._rows += tally.rows
         if time.monotonic() - self._told > TELL:
             self._tell()
 
     def _tell(self) -> None:
-        tell(self._key, self._rows)
+        """Tell the pass; nobody hears it but a Dask client."""
+        if "distributed" in sys.modules:
+            with suppress(ValueError):  # no worker of a cluster
+                sys.modules["distributed"].get_worker().log_event(topic_of(self.key), (self.key, self._rows))
         self._rows, self._told = 0, time.monotonic()
+
+
+_elsewhere: set[PassElsewhere] = set()  # of the tasks that this process runs for others
+
+
+def stop_tasks(key: str) -> int:
+    """Make the tasks that this process runs of another's pass stop at their next tile; return how many have not yet."""
+    found = [task for task in tuple(_elsewhere) if task.key == key]
+    for task in found:
+        task.cancelled = True
+    return len(found)
+
+
+def topic_of(key: str) -> str:
+    """Return the topic under which a cluster's workers tell of a pass: one for each process that has passes."""
+    return f"streamlr-{key.rpartition('-')[0]}"
 
 
 class Share:

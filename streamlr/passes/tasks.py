@@ -18,10 +18,11 @@ from streamlr.dataset.rows import MemoryRows, Rows, plain_array
 from streamlr.dataset.tally import Tally
 from streamlr.dataset.zarr_rows import ZarrRows
 from streamlr.errors import DataError, RowCountMismatch, StoreChanged, StreamlrError
-from streamlr.passes.cluster import check_workers, run_on
+from streamlr.passes.cluster import run_on, translated
 from streamlr.passes.memory import one_blas_thread
 from streamlr.passes.progress import Share, find_pass
 from streamlr.passes.schedulers import active_client, has_pool, is_task, is_threaded
+from streamlr.passes.workers import Vetted
 
 
 def span_tasks(dataset: Dataset, cut: Sequence[Span], name: str, function: Any, arguments: tuple[Any, ...]) -> list[Delayed]:
@@ -92,7 +93,7 @@ def _computed(lazy: Sequence[Any]) -> Sequence[Any]:
     if is_task():
         from distributed import worker_client
 
-        with worker_client():  # this task makes room for theirs, which go where their blocks lie
+        with worker_client() as client, translated(client):  # this task makes room for theirs, which go where their blocks lie
             return list(dask_compute(*lazy))
     return list(dask_compute(*lazy, **({"scheduler": "sync"} if is_threaded() else {})))
 
@@ -103,10 +104,9 @@ def compute(root: Delayed, arrays: Sequence[Rows], key: str, tasks_at_once: int)
     Here it runs on as many threads or processes as planned.
     """
     if client := active_client():
-        check_workers(client, arrays)
         state = find_pass(key)
         assert state is not None, "a pass runs where it was begun"
-        result = run_on(client, root, key, lambda rows: state.note(Tally(rows=rows)))
+        result = run_on(client, root, key, lambda rows: state.note(Tally(rows=rows)), Vetted(client, arrays).check)
         state.finish()
         return result
     options: dict[str, Any] = {"num_workers": tasks_at_once} if has_pool() else {}

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dask.delayed import delayed
+from dask.delayed import Delayed, delayed
 
 from streamlr.dataset.blocks import MAX_SPANS, MIN_SPAN_BYTES, Span, format_bytes
 from streamlr.dataset.tally import Tally
 from streamlr.dataset.zarr_rows import ZarrRows
 from streamlr.errors import DataError, MemoryLimitExceeded
 from streamlr.passes.memory import memory_in_use, memory_limit
-from streamlr.passes.progress import Callback, find_pass, running_pass
-from streamlr.passes.schedulers import worker_count
+from streamlr.passes.progress import Callback, running_pass, share_of_pass
+from streamlr.passes.schedulers import active_client, worker_count
 from streamlr.passes.tasks import compute
+from streamlr.passes.workers import workers_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,44 +64,55 @@ def verify_chunks(
     span_bytes = max(MIN_SPAN_BYTES, -(-total_bytes // MAX_SPANS))
     at_once = _tasks_at_once(arrays, memory)
     with running_pass("verify", total, total_bytes // max(total, 1), progress) as key:
-        tasks = []
+        tasks: list[Delayed] = []
         for rows in arrays:
-            height = rows.array.chunks[0]
+            height, shared = rows.array.chunks[0], delayed(rows, traverse=False, name=f"array-{key}-{rows.label}")
             n_row_chunks = -(-rows.n_rows // height)
             each = max(span_bytes // max(height * rows.row_bytes, 1), 1)
             for first in range(0, n_row_chunks, each):
-                tasks.append(delayed(check_rows_of_chunks)(rows, Span(first, min(first + each, n_row_chunks)), key))
+                span, name = Span(first, min(first + each, n_row_chunks)), f"verify-{key}-{len(tasks)}"
+                tasks.append(delayed(check_rows_of_chunks)(shared, span, key, dask_key_name=name))
         found = compute(delayed(list)(tasks), arrays, key, at_once) if tasks else []
     return sum(count for count, _ in found), [problem for _, problems in found for problem in problems]
 
 
 def _tasks_at_once(arrays: Sequence[ZarrRows], memory: int | str | None) -> int:
     """Return how many tasks fit into memory, each with the reader of the array that needs most."""
-    limit, source = memory_limit(memory)
-    base = memory_in_use(source)
     largest = max(arrays, key=lambda rows: rows.reader_bytes)
+    if client := active_client():
+        workers = workers_of(client)
+        (limit, source), base, at_once, together = (
+            workers.memory_limit(memory),
+            workers.used_bytes,
+            workers.threads,
+            workers.together,
+        )
+    else:
+        limit, source = memory_limit(memory)
+        base, at_once, together = memory_in_use(source), worker_count(), 1
     fitting = (limit - base) // max(largest.reader_bytes, 1)
-    if fitting < 1:
+    if fitting < together:
+        tasks = "one task at a time needs" if together == 1 else f"the {together} tasks that a worker runs at once need"
         raise MemoryLimitExceeded(
-            f"one task at a time needs {format_bytes(base + largest.reader_bytes)} ({format_bytes(base)} for Python, "
+            f"{tasks} {format_bytes(base + together * largest.reader_bytes)} ({format_bytes(base)} for Python, "
             f"{format_bytes(largest.reader_bytes)} for a row of chunks of array {largest.label!r}), and the limit is "
             f"{format_bytes(limit)} ({source}); raise memory_limit (--memory-limit), or rewrite the store with smaller chunks"
         )
-    return min(worker_count(), fitting)
+    return min(at_once, fitting)
 
 
 def check_rows_of_chunks(rows: ZarrRows, row_chunks: Span, key: str) -> tuple[int, list[Problem]]:
     """Task: check the chunks in some rows of chunks of one array."""
-    state, reader = find_pass(key), rows.reader()
-    height = rows.array.chunks[0]
+    reader, height = rows.reader(), rows.array.chunks[0]
     count = 0
     problems: list[Problem] = []
-    for position in rows.positions(row_chunks.start, row_chunks.stop):
-        count += 1
-        try:
-            reader.chunk(position)
-        except DataError as error:
-            problems.append(Problem(rows.label, ".".join(map(str, position)), type(error).__name__, str(error)))
-        if state is not None and position[1:] in ((), (0,)):
-            state.note(Tally(rows=min(height, rows.n_rows - position[0] * height)))
+    with share_of_pass(key) as share:
+        for position in rows.positions(row_chunks.start, row_chunks.stop):
+            count += 1
+            try:
+                reader.chunk(position)
+            except DataError as error:
+                problems.append(Problem(rows.label, ".".join(map(str, position)), type(error).__name__, str(error)))
+            if position[1:] in ((), (0,)):
+                share.note(Tally(rows=min(height, rows.n_rows - position[0] * height)))
     return count, problems
