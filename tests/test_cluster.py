@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -27,6 +28,7 @@ from zarr.storage import MemoryStore
 
 import streamlr
 from streamlr.errors import ClusterError, MemoryLimitExceeded, NonFiniteValue, UsageError
+from streamlr.inspection import verify
 from streamlr.passes import cluster as passes_cluster
 
 distributed = pytest.importorskip("distributed")
@@ -167,6 +169,35 @@ def test_a_worker_that_comes_late_and_one_that_goes(store, coef, tmp_path):
         assert streamlr.fit(streamlr.open_dataset(store), progress=exchange).coef.tobytes() == coef
 
 
+def test_a_worker_of_another_version_that_comes_late(store, tmp_path):
+    """It is found out before there is a result, though it may have done nothing."""
+    with a_cluster(tmp_path / "cluster", 1) as (cluster, client):
+
+        def add(event):
+            if len(cluster.processes) == 2:
+                cluster.add_worker(env=with_another_zarr(tmp_path))
+                client.wait_for_workers(2, timeout=30)
+
+        with pytest.raises(ClusterError, match=r"has zarr 9\.9\.9"):
+            streamlr.fit(streamlr.open_dataset(store), progress=add)
+
+
+@pytest.mark.parametrize("streams", [1, 3])
+def test_a_descent_has_the_same_bits_whichever_worker_dies_and_when(store, tmp_path, streams):
+    dataset, descent = streamlr.open_dataset(store), streamlr.Descent(streams=streams, max_epochs=2)
+    expected = streamlr.fit(dataset, descent).coef.tobytes()
+    rng, victim = random.Random(streams), 0
+    with a_cluster(tmp_path / "cluster", 2, nanny=True) as (_, client):
+        for _ in range(3):
+            victim = rng.choice(sorted(living(client, 2, but=victim)))
+            timer = threading.Timer(rng.uniform(0, 2), os.kill, (victim, signal.SIGKILL))
+            timer.start()
+            model = streamlr.fit(dataset, descent)
+            timer.join()
+            time.sleep(0.5)  # who asks a worker that has just died, before its scheduler knows, waits for half a minute
+            assert (model.n_rows, model.history[-1].rows, model.coef.tobytes()) == (N, 2 * N, expected)
+
+
 def dies(store: Path, processes: list[Any], *words: str) -> None:
     began = time.monotonic()
 
@@ -190,6 +221,37 @@ def test_every_worker_dies(store, tmp_path):
 def test_the_scheduler_dies(store, tmp_path):
     with a_cluster(tmp_path / "cluster", 2) as (cluster, _):
         dies(store, [cluster.scheduler], "scheduler", cluster.address, "went away")
+
+
+@pytest.mark.parametrize("which", ["scheduler", "worker"])
+def test_one_that_hangs(store, tmp_path, which):
+    with a_cluster(tmp_path / "cluster", 1) as (cluster, _):
+        process = cluster.processes[which == "worker"]
+        process.send_signal(signal.SIGSTOP)
+        began = time.monotonic()
+        with pytest.raises(ClusterError, match="is there and has not answered for 4 seconds"):
+            streamlr.fit(streamlr.open_dataset(store))
+        assert time.monotonic() - began < ENDS
+        process.send_signal(signal.SIGCONT)
+
+
+def test_every_worker_dies_of_a_descent_over_dask_arrays(tmp_path):
+    with a_cluster(tmp_path / "cluster", 1) as (cluster, _):
+        X = da.random.default_rng(0).normal(size=(100_000, 10), chunks=(1_000, 10))
+
+        def kill(event):
+            cluster.processes[1].kill()
+
+        with pytest.raises(ClusterError, match="no worker"):
+            streamlr.fit(streamlr.Dataset(X, X[:, 0]), streamlr.Descent(max_epochs=3), progress=kill)
+
+
+def test_a_cluster_that_adapts_begins_with_nobody(store, coef):
+    settings = {"n_workers": 0, "threads_per_worker": 1, "dashboard_address": None, "memory_limit": "1GB"}
+    with warnings.catch_warnings(action="ignore"), distributed.LocalCluster(**settings) as cluster:
+        cluster.adapt(minimum=0, maximum=1)
+        with distributed.Client(cluster):
+            assert streamlr.fit(streamlr.open_dataset(store)).coef.tobytes() == coef
 
 
 def test_workers_that_never_come(store, tmp_path):
@@ -228,14 +290,41 @@ def test_a_worker_that_does_not_see_the_store(store, tmp_path, monkeypatch):
         assert worker in str(caught.value)
 
 
-def test_a_worker_with_another_version(store, tmp_path):
-    """Installed beside it, as an upgrade that reached only some machines would be."""
+def test_a_worker_that_sees_another_copy(store, tmp_path, monkeypatch):
+    """Of the same sizes, in a folder of the same name."""
+    copy = shutil.copytree(store, tmp_path / "rows.zarr")
+    zarr.open_group(copy, mode="r+")["y"][5] = 17.0
+    monkeypatch.chdir(store.parent)
+    with a_cluster(tmp_path / "cluster", 1, cwd=tmp_path) as (_, client):
+        (worker,) = client.scheduler_info()["workers"]
+        with pytest.raises(ClusterError, match=r"sees another copy of the store /proc/self/cwd/rows\.zarr.*share") as caught:
+            streamlr.fit(streamlr.open_dataset("/proc/self/cwd/rows.zarr"))
+        assert worker in str(caught.value)
+
+
+def test_the_client_must_have_room_for_the_solution(tmp_path):
+    with a_cluster(tmp_path / "cluster", 1, memory="0"):  # workers without a limit
+        dataset = streamlr.Dataset(da.ones((100, 9_000), chunks=(50, 9_000)), da.ones(100, chunks=50))
+        before = resource.getrlimit(resource.RLIMIT_DATA)
+        resource.setrlimit(resource.RLIMIT_DATA, (2 * 10**9, before[1]))
+        try:
+            with pytest.raises(MemoryLimitExceeded, match=r"to solve for 9,000 columns.*RLIMIT_DATA, of the client"):
+                streamlr.fit(dataset)
+        finally:
+            resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+def with_another_zarr(tmp_path: Path) -> dict[str, str]:
+    """The environment of a worker that has another zarr beside it, as an upgrade that reached only some machines would be."""
     other = tmp_path / "packages" / "zarr-9.9.9.dist-info"
     other.mkdir(parents=True)
     (other / "METADATA").write_text("Metadata-Version: 2.1\nName: zarr\nVersion: 9.9.9\n")
-    environment = {**os.environ, "PYTHONPATH": str(other.parent)}
+    return {**os.environ, "PYTHONPATH": str(other.parent)}
+
+
+def test_a_worker_with_another_version(store, tmp_path):
     with (
-        a_cluster(tmp_path / "cluster", 1, env=environment),
+        a_cluster(tmp_path / "cluster", 1, env=with_another_zarr(tmp_path)),
         pytest.raises(ClusterError, match=rf"tcp://.* has zarr 9\.9\.9, and here is {zarr.__version__}.*install"),
     ):
         streamlr.fit(streamlr.open_dataset(store))
@@ -247,6 +336,12 @@ def standing(tmp_path_factory):
     folder = tmp_path_factory.mktemp("standing")
     with a_cluster(folder, 2) as (cluster, _), distributed.Client(cluster.address, set_as_default=False) as client:
         yield client
+
+
+def running_tasks() -> int:
+    from streamlr.passes import progress
+
+    return len(progress._elsewhere)
 
 
 class TestOnOneCluster:
@@ -309,6 +404,51 @@ class TestOnOneCluster:
         with pytest.raises(KeyboardInterrupt):
             streamlr.fit(streamlr.open_dataset(store), progress=stop)
         assert streamlr.fit(streamlr.open_dataset(store)).n_rows == N
+
+    @pytest.mark.parametrize("overwrite", [False, True])
+    def test_predictions_that_are_stopped_leave_nothing(self, cluster, store, tmp_path, overwrite):
+        """Neither in the folder nor on the workers, whose tasks hear of it."""
+        dataset = streamlr.open_dataset(store)
+        model = streamlr.fit(dataset)
+        if overwrite:
+            streamlr.predict(model, dataset, tmp_path / "out.zarr")
+        before = sorted(path.name for path in tmp_path.iterdir())
+
+        def stop(event):
+            raise KeyboardInterrupt
+
+        for _ in range(5):
+            with pytest.raises(KeyboardInterrupt):
+                streamlr.predict(model, dataset, tmp_path / "out.zarr", overwrite=overwrite, progress=stop)
+            assert not any(cluster.run(running_tasks).values())
+        time.sleep(1)
+        assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+    def test_verify_tells_of_its_progress(self, cluster, store):
+        events: list[streamlr.Event] = []
+        assert verify(store, progress=events.append).n_chunks == 29 + 10
+        assert len(events) > 5
+        assert (events[-1].task, events[-1].rows, events[-1].rows_total) == ("verify", 2 * N, 2 * N)
+
+    def test_the_scheduler_keeps_one_topic(self, cluster, store):
+        for _ in range(3):
+            streamlr.fit(streamlr.open_dataset(store))
+        assert len([topic for topic in cluster.get_events() if str(topic).startswith("streamlr")]) == 1
+
+    def test_streams_over_dask_arrays(self, cluster):
+        """Made on the workers, and kept there: the same bits as on threads."""
+        X = da.random.default_rng(0).normal(size=(20_000, 5), chunks=(1_000, 5))
+        y, descent = X.sum(axis=1) + 1, streamlr.Descent(streams=3, max_epochs=2)
+        with dask.config.set(scheduler="threads"):
+            expected = streamlr.fit(streamlr.Dataset(X, y), descent).coef.tobytes()
+        assert streamlr.fit(streamlr.Dataset(X, y), descent).coef.tobytes() == expected
+        kept = cluster.persist([X, y])
+        assert streamlr.fit(streamlr.Dataset(*kept), descent).coef.tobytes() == expected
+
+    def test_epochs_are_tasks_with_numbers(self, cluster, store):
+        with distributed.get_task_stream(cluster) as stream:
+            streamlr.fit(streamlr.open_dataset(store), streamlr.Descent(streams=2, max_epochs=2))
+        assert {"epoch 1", "epoch 2"} <= {task["key"].split("-")[0] for task in stream.data}
 
     def test_tasks_are_named_after_what_they_do(self, cluster, store):
         with distributed.get_task_stream(cluster) as stream:

@@ -72,15 +72,17 @@ def run_on(
             raise
 
 
-def run(client: Any, function: Callable[..., Any], *arguments: Any, workers: list[str] | None = None) -> dict[str, Any]:
+def run(
+    client: Any, patience: float, function: Callable[..., Any], *arguments: Any, workers: list[str] | None = None
+) -> dict[str, Any]:
     """Call a function on workers, beside their tasks, and return what each returned or raised.
 
     Raises
     ------
     TimeoutError
-        Not all of them answered in time.
+        Not all of them answered within `patience` seconds; for one that has just died, Dask itself waits half a minute.
     """
-    answers: dict[str, Any] = _in_time(client.run, function, *arguments, workers=workers, on_error="return")
+    answers: dict[str, Any] = _in_time(patience, client.run, function, *arguments, workers=workers, on_error="return")
     return answers
 
 
@@ -92,7 +94,7 @@ def running(client: Any) -> dict[str, Any]:
     TimeoutError
         The scheduler does not answer.
     """
-    workers = _in_time(client.scheduler_info, n_workers=-1)["workers"]
+    workers = _in_time(PATIENCE, client.scheduler_info, n_workers=-1)["workers"]
     return {address: facts for address, facts in workers.items() if facts.get("status", "running") == "running"}
 
 
@@ -133,7 +135,7 @@ class _NoAnswer(TimeoutError):
     """Scheduler or workers are there and do not answer."""
 
 
-def _in_time(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+def _in_time(patience: float, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     """Call what may wait for ever, in a thread that may."""
     answer: Future[Any] = Future()
 
@@ -145,11 +147,11 @@ def _in_time(function: Callable[..., Any], *arguments: Any, **options: Any) -> A
 
     threading.Thread(target=call, daemon=True).start()
     try:
-        return answer.result(timeout=PATIENCE)
+        return answer.result(timeout=patience)
     except TimeoutError as error:
         if answer.done():
             raise
-        raise _NoAnswer(f"nothing answered for {PATIENCE:.0f} seconds") from error
+        raise _NoAnswer(f"nothing answered for {patience:.0f} seconds") from error
 
 
 def _stop(client: Any, future: Any, key: str) -> None:
@@ -158,7 +160,7 @@ def _stop(client: Any, future: Any, key: str) -> None:
         future.cancel()
         deadline = time.monotonic() + STOPPING
         while key and time.monotonic() < deadline:
-            left = run(client, stop_tasks, key)
+            left = run(client, STOPPING, stop_tasks, key)
             if not any(count for count in left.values() if isinstance(count, int)):
                 return
             time.sleep(LOOK / 4)
@@ -201,19 +203,27 @@ class _Watch:
         """Look once a second, or `now`; raise `ClusterError` when there was nobody for too long, or somebody who must not be."""
         if not now and time.monotonic() - self._looked < 1:
             return
-        there = self._client.status == "running"
-        try:
-            if there and (workers := running(self._client)):
-                if self._check is not None:
-                    self._check(workers)
-                self._well = time.monotonic()
-        except (_NoAnswer, StreamlrError):
-            raise
-        except OSError:  # the scheduler went away just now
-            pass
+        while True:
+            there, answered = self._client.status == "running", True
+            try:
+                if there and (workers := running(self._client)):
+                    if self._check is not None:
+                        self._check(workers)
+                    self._well = time.monotonic()
+                    break
+            except _NoAnswer:
+                answered = False
+            except StreamlrError:
+                raise
+            except OSError:  # the scheduler went away just now
+                pass
+            if time.monotonic() - self._well > PATIENCE:
+                missing = _no_scheduler if not there else no_workers if answered else _silence
+                raise missing(self._client)
+            if not now:
+                break
+            time.sleep(LOOK)
         self._looked = time.monotonic()
-        if self._looked - self._well > PATIENCE:
-            raise no_workers(self._client) if there else _no_scheduler(self._client)
 
 
 def _silence(client: Any) -> ClusterError:

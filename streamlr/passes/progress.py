@@ -7,6 +7,7 @@ import secrets
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -148,6 +149,8 @@ class PassElsewhere:
         """Be known here while the block runs, and tell of the last rows when it ends."""
         _elsewhere.add(self)
         try:
+            if self.key in _stopped:
+                raise Cancelled(CANCELLED)
             yield
         finally:
             _elsewhere.discard(self)
@@ -170,10 +173,13 @@ class PassElsewhere:
 
 
 _elsewhere: set[PassElsewhere] = set()  # of the tasks that this process runs for others
+_stopped: deque[str] = deque(maxlen=1000)  # passes of others whose last tasks may still be on their way here
 
 
 def stop_tasks(key: str) -> int:
     """Make the tasks that this process runs of another's pass stop at their next tile; return how many have not yet."""
+    if key not in _stopped:
+        _stopped.append(key)
     found = [task for task in tuple(_elsewhere) if task.key == key]
     for task in found:
         task.cancelled = True

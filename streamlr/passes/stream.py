@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
+from contextvars import copy_context
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from queue import SimpleQueue
@@ -194,7 +195,7 @@ class RowStream:
             threads = []
             for i, lane in enumerate(lanes):
                 own = range(start.unit + i, len(units), len(lanes))
-                threads.append(Thread(target=self._read, args=(lane, units, own, key), daemon=True))
+                threads.append(Thread(target=copy_context().run, args=(self._read, lane, units, own, key), daemon=True))
             try:
                 for thread in threads:
                     thread.start()

@@ -122,7 +122,9 @@ class Vetted:
         """
         new = set(addresses) - self._vetted
         if new:
-            for address, seen in cluster.run(self._client, _look_around, self._stores, workers=sorted(new)).items():
+            for address, seen in cluster.run(
+                self._client, cluster.PATIENCE / 2, _look_around, self._stores, workers=sorted(new)
+            ).items():
                 self._judge(address, seen)
             self._vetted |= new
 
