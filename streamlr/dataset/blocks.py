@@ -160,6 +160,8 @@ class Plan:
         Tasks that run together: as many as there are workers, fewer where memory is short.
     tasks_per_process : int
         Those of them that share a process and its memory: all, but on a cluster the threads of a worker.
+    fan_in : int
+        Results that one merging task joins.
     bytes_read : int
         Decoded bytes of one pass.
     base_bytes, task_bytes, result_bytes, solution_bytes : int
@@ -182,6 +184,7 @@ class Plan:
     n_tasks: int
     tasks_at_once: int
     tasks_per_process: int
+    fan_in: int
     bytes_read: int
     base_bytes: int
     task_bytes: int
@@ -205,8 +208,8 @@ class Plan:
                 f"tasks           {self.n_tasks:,} ({self.n_spans:,} spans), {self.tasks_at_once} at once",
                 f"tile            {self.tile_rows:,} rows",
                 f"memory, peak    {format_bytes(self.peak_bytes)} = {format_bytes(self.base_bytes)} for Python and imports"
-                f" + {self.tasks_per_process} x {format_bytes(self.task_bytes)} + {format_bytes(self.result_bytes)} of results;"
-                f" {format_bytes(self.solution_bytes)} to solve, later",
+                f" + {self.tasks_per_process} x {format_bytes(self.task_bytes)} + {format_bytes(self.result_bytes)} of results"
+                + (f"; {format_bytes(self.solution_bytes)} to solve, later" if self.solution_bytes else ""),
                 f"memory, limit   {format_bytes(self.limit_bytes)} ({self.limit_source})",
             ]
         )

@@ -14,7 +14,8 @@ from streamlr.passes.memory import memory_in_use, memory_limit
 from streamlr.passes.schedulers import active_client, worker_count
 from streamlr.passes.workers import workers_of
 
-FAN_IN = 4  # partials that one merging task joins
+FAN_IN, MOST_FAN_IN = 4, 32  # partials that one merging task joins: few hold little memory; many are fewer tasks, of 1 ms each
+WAITING_BYTES = 128 * 2**20  # of them, where they are many
 OPEN_BYTES = 32 * 2**20  # what a span may leave; more, and it is cut at powers of two of tiles, to leave one node
 
 
@@ -75,11 +76,12 @@ def draft_pass(
     nodes = 1 if whole_tiles and not lazy else open_nodes(tiles)
     ragged = any(span.start % tile for span in cut)  # ends of spans, kept as rows
     left = nodes * statistic.nbytes + (2 * tile_bytes if ragged else 0)
+    fan_in = FAN_IN if active_client() is None else min(max(FAN_IN, WAITING_BYTES // left), MOST_FAN_IN)
     merges, level, waiting = 0, len(cut), 0
     while level > 1:
-        level = -(-level // FAN_IN)
+        level = -(-level // fan_in)
         merges += level
-        waiting += FAN_IN - 1
+        waiting += fan_in - 1
     task_bytes = dataset.reader_bytes + left + 2 * statistic.nbytes
     waiting_bytes = min(waiting, len(cut)) * left
     plan = draft_plan(
@@ -87,6 +89,7 @@ def draft_pass(
         cut,
         task=task,
         merges=merges,
+        fan_in=fan_in,
         task_bytes=task_bytes,
         result_bytes=waiting_bytes,
         solution_bytes=solution_bytes,
@@ -125,6 +128,7 @@ def draft_plan(
     *,
     task: str,
     merges: int,
+    fan_in: int = 0,
     task_bytes: int,
     result_bytes: int,
     solution_bytes: int = 0,
@@ -167,6 +171,7 @@ def draft_plan(
         n_tasks=len(cut) + merges,
         tasks_at_once=at_once,
         tasks_per_process=together,
+        fan_in=fan_in,
         bytes_read=dataset.stored_rows * dataset.row_bytes,
         base_bytes=base,
         task_bytes=task_bytes,

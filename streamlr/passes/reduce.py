@@ -12,7 +12,7 @@ from streamlr.dataset.blocks import Plan, Span
 from streamlr.dataset.dataset import Dataset
 from streamlr.dataset.tally import Tally
 from streamlr.passes.memory import one_blas_thread
-from streamlr.passes.planning import FAN_IN, plan_pass
+from streamlr.passes.planning import plan_pass
 from streamlr.passes.progress import Callback, running_pass, share_of_pass
 from streamlr.passes.tasks import begin, blocks_of, compute, end, errors_of_graphs, span_tasks
 
@@ -70,7 +70,7 @@ def reduce(
         parts = span_tasks(dataset, cut, task, read_span, (tree, statistic, key))
         number = 0
         while len(parts) > 1:
-            groups = [parts[at : at + FAN_IN] for at in range(0, len(parts), FAN_IN)]
+            groups = [parts[at : at + plan.fan_in] for at in range(0, len(parts), plan.fan_in)]
             parts = []
             for group in groups:
                 parts.append(delayed(merge)(*group, dask_key_name=f"merge-{key}-{number}"))
