@@ -13,6 +13,8 @@ import pytest
 import zarr
 from zarr.core.sync import sync
 
+import streamlr
+
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ROOT / "scripts"
 
@@ -156,6 +158,28 @@ def test_the_benchmark_scales_rows_by_ten(tmp_path):
     assert done.returncode == 0, done.stderr
     assert {who: set(runs) for who, runs in figures(tmp_path)["scaling"].items()} == {"streamlr fit": {"125 rows", "1250 rows"}}
     assert "125 and 1,250 rows" in done.stdout
+
+
+def test_scale_plans_schedules_and_concludes(tmp_path):
+    found = json.loads(run("scale.py", "--spans", 150, cwd=tmp_path).stdout)
+    assert [plan["rows"] for plan in found["planned"].values()] == [10**12] * 3
+    assert all(plan["chunks"] == 10**6 and plan["tasks"] <= 10_000 for plan in found["planned"].values())
+    assert found["scheduled"]["spans"] == 150
+    assert found["scheduled"]["bytes of a span's task"] < 1_000
+    assert all(0 < found["100 TB on 100 workers"][f"p = {p}"]["merging and scheduling, share"] < 1 for p in (100, 1_000, 4_096))
+
+
+def test_made_rows_are_a_function_of_their_place(scripts_on_path):
+    import scale
+
+    dataset = scale.made(1_000, 3, 100)
+    assert streamlr.accumulate(dataset).n == 1_000
+    whole, part = np.empty((1_000, 3)), np.empty((10, 3))
+    reader = dataset.features[0].reader()
+    reader.read_into(whole, 0)
+    reader.read_into(part, 500)
+    assert (part == whole[500:510]).all()
+    assert len(np.unique(whole)) > 1_000
 
 
 def test_many_chunks_are_one(scripts_on_path, tmp_path):
