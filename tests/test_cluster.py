@@ -35,17 +35,19 @@ distributed = pytest.importorskip("distributed")
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # sockets of connections that a test cuts
 N, P = 200_000, 100  # ten spans of 16 MB
 DASK = [sys.executable, "-m", "dask"]
+OPENSSL = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
 ENDS = 60  # seconds within which whatever cannot go on has ended
 
 
 class Cluster:
     """A scheduler and workers, each a process of its own."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *options: Any) -> None:
         self.folder = folder
         self.processes: list[subprocess.Popen[bytes]] = []
         place = folder / "scheduler.json"
-        self.scheduler = self.start("scheduler", "--host", "127.0.0.1", "--port", "0", "--scheduler-file", place, "--no-dashboard")
+        own = ["--host", "127.0.0.1", "--port", "0", "--scheduler-file", place, "--no-dashboard"]
+        self.scheduler = self.start("scheduler", *own, *options)
         deadline = time.monotonic() + 30
         while not (place.exists() and place.read_text().rstrip().endswith("}")):
             assert time.monotonic() < deadline, (folder / "0.log").read_text()
@@ -516,6 +518,39 @@ class TestCommandLine:
         assert (process.returncode, out) == (130, "")
         assert err.splitlines()[-1].startswith("error: interrupted")
         assert "Traceback" not in err
+
+    @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl, which makes the certificates, is not installed")
+    def test_certificates(self, store, tmp_path, coef):
+        """A scheduler and a worker that know each other by them; nobody else is let in, and no key is told of."""
+        folder = tmp_path / "certificates"
+        folder.mkdir()
+        for name in ("ours", "theirs"):
+            subprocess.run(
+                [*OPENSSL, "-subj", "/CN=localhost", "-keyout", f"{name}.key", "-out", f"{name}.pem"],
+                check=True,
+                capture_output=True,
+                cwd=folder,
+            )
+        ours, key = folder / "ours.pem", folder / "ours.key"
+        files = ["--tls-ca-file", ours, "--tls-cert", ours, "--tls-key", key]
+        cluster = Cluster(tmp_path, "--protocol", "tls", *files)
+        try:
+            assert cluster.address.startswith("tls://")
+            cluster.add_worker(*map(str, files))
+            mine = ["--tls-ca", ours, "--tls-cert", ours, "--tls-key", key]
+            done = run("fit", store, "--scheduler", cluster.address, *mine, "--json")
+            assert done.returncode == 0, done.stderr
+            assert json.loads(done.stdout)["coef"] == np.frombuffer(coef).tolist()
+            began = time.monotonic()
+            stranger = ["--tls-ca", ours, "--tls-cert", folder / "theirs.pem", "--tls-key", folder / "theirs.key"]
+            for options in (stranger, []):
+                done = run("fit", store, "--scheduler", cluster.address, *options)
+                assert (done.returncode, done.stdout) == (5, "")
+                assert "check address, port and certificates" in done.stderr
+                assert "Traceback" not in done.stderr
+            assert time.monotonic() - began < 2 * ENDS
+        finally:
+            cluster.stop()
 
     def test_a_scheduler_that_does_not_answer(self, store):
         began = time.monotonic()
