@@ -57,16 +57,23 @@ def ingest(
     weights: Annotated[str | None, typer.Option(help="Name of the column of weights.")] = None,
     missing: Missing = "error",
     rows_per_chunk: Annotated[int | None, typer.Option(min=1, help="By default about 16 MB of X.")] = None,
+    workers: Workers = None,
+    scheduler: Scheduler = None,
+    tls_ca: Authority = None,
+    tls_cert: Certificate = None,
+    tls_key: Secret = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> Outcome:
-    """Turn CSV or Parquet files into a store that can be checked and fitted."""
+    """Turn CSV or Parquet files into a store that can be checked and fitted; on a cluster, each file is a task."""
     from streamlr.dataset.ingest import ingest as run
+    from streamlr.passes.ingestion import reading_of
     from streamlr.passes.progress import row_counter
 
     if len(paths) < 2:
         raise UsageError(f"got {len(paths)} path; give at least one file to read and, last, the store to write")
-    with row_counter() if sys.stderr.isatty() else nullcontext() as progress:
+    shown = row_counter() if sys.stderr.isatty() else nullcontext()
+    with crew(None, workers, scheduler, (tls_ca, tls_cert, tls_key)), shown as progress:
         report = run(
             paths[:-1],
             paths[-1],
@@ -79,6 +86,7 @@ def ingest(
             rows_per_chunk=rows_per_chunk,
             overwrite=overwrite,
             progress=progress,
+            reading=reading_of(paths[:-1]),
         )
     facts = {
         "path": str(report.path),

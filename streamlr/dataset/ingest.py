@@ -10,15 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
-from streamlr.dataset.row_store import RowStoreWriter
-from streamlr.dataset.tables.batches import Batch, Table, open_table, read_batches, wordy_columns
-from streamlr.dataset.tables.coding import Coder, Coding, load_coding
+from streamlr.dataset.table_rows import OneAfterAnother, Reading, TableRows
+from streamlr.dataset.tables.batches import Table, open_table, read_batches, wordy_columns
+from streamlr.dataset.tables.coding import Coding, load_coding
 from streamlr.dataset.tables.formulas import RowFormula, parse_formula
-from streamlr.dataset.tables.levels import Progress, collect_levels
-from streamlr.dataset.tables.missing import Missing, RowCounts, complete_rows
-from streamlr.errors import BadCell, DataError, StoreChanged, UnsupportedDtype, UsageError
+from streamlr.dataset.tables.levels import Progress
+from streamlr.dataset.tables.missing import Missing
+from streamlr.errors import DataError, StoreChanged, UnsupportedDtype, UsageError
 from streamlr.files import publish
 
 StrPath = str | os.PathLike[str]
@@ -67,6 +66,7 @@ def ingest(
     rows_per_chunk: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    reading: Reading | None = None,
 ) -> IngestReport:
     """Turn CSV and Parquet files into a store of rows to fit, with a checksum on every chunk.
 
@@ -101,6 +101,8 @@ def ingest(
         Replace what is at `destination`.
     progress : callable, optional
         Called after each block with "levels" or "rows", and the number of rows read so far.
+    reading : Reading, optional
+        Who reads the files and writes the rows; by default this process, one file after another. The store is the same.
 
     Returns
     -------
@@ -134,7 +136,7 @@ def ingest(
         raise UsageError("there is nothing to ingest; name at least one CSV or Parquet file")
     parsed = _check_request(formula, target, features, like, weights)
     _check_apart(destination, paths if like is None else [*paths, like])
-    tables = [open_table(path) for path in paths]
+    tables, reading = [open_table(path) for path in paths], reading or OneAfterAnother()
     with publish(destination, overwrite=overwrite, folder=True) as beside:
         n_expected, with_targets = None, True
         if like is not None:
@@ -147,9 +149,12 @@ def ingest(
             _check_columns(tables, [*others, *parsed.categories])
             levels: dict[str, list[str]] = {}
             if parsed.categories:
-                levels, n_expected = collect_levels(tables, parsed.categories, others, missing, progress)
+                levels, n_expected = reading.levels(tables, parsed.categories, others, missing, progress)
             coding = Coding.of_formula(parsed, levels, weights)
-        writer, counts = _write(beside, coding, with_targets, tables, missing, rows_per_chunk, progress)
+        writer, counts = reading.write(beside, TableRows(coding, with_targets, missing), tables, rows_per_chunk, progress)
+        tally = {"rows_read": counts.read, "rows_dropped": counts.dropped, "dropped_by_column": counts.by_column}
+        with writer:
+            writer.finish(coding=coding.to_json(), counts=tally)
         if n_expected not in (None, counts.read):
             raise StoreChanged(
                 f"the tables had {n_expected:,} rows, and {counts.read:,} when read again; ingest when nobody writes to them"
@@ -164,47 +169,6 @@ def ingest(
         rows_per_chunk=writer.rows_per_chunk,
         coding=coding,
     )
-
-
-def _write(
-    path: Path,
-    coding: Coding,
-    with_targets: bool,
-    tables: Sequence[Table],
-    missing: Missing,
-    rows_per_chunk: int | None,
-    progress: Progress | None,
-) -> tuple[RowStoreWriter, RowCounts]:
-    """Code every row and write it to a store that is not yet published; seal the store."""
-    coder, counts = Coder(coding, with_targets=with_targets), RowCounts()
-    targets, target_columns = (coding.targets, coding.target_columns) if with_targets else ((), ())
-    weights = coding.weights if with_targets else None
-    numbers = list(dict.fromkeys([*target_columns, *coding.numbers, *_names(weights)]))
-    with RowStoreWriter(
-        path, features=coding.features, targets=targets, weights=weights is not None, rows_per_chunk=rows_per_chunk
-    ) as writer:
-        for batch in complete_rows(tables, numbers, list(coding.levels), missing, counts):
-            coded = coder.code(batch)
-            weights_of_batch = None if weights is None else _weights(batch, weights)
-            for rows, room in writer.room(len(batch.rows)):
-                if targets:
-                    coded.write_y(room["y"].reshape(-1, len(targets)), rows)
-                coded.write_x(room["X"], rows)
-                if weights_of_batch is not None:
-                    room["weights"][:] = weights_of_batch[rows]
-            if progress is not None:
-                progress("rows", counts.read)
-        tally = {"rows_read": counts.read, "rows_dropped": counts.dropped, "dropped_by_column": counts.by_column}
-        writer.finish(coding=coding.to_json(), counts=tally)
-    return writer, counts
-
-
-def _weights(batch: Batch, name: str) -> NDArray[np.float64]:
-    weights = batch.numbers[name]
-    if (weights < 0).any():
-        row = int((weights < 0).argmax())
-        raise BadCell(f"{batch.place(row, name)}: got the weight {weights[row]}; weights are zero or positive: mend the cell")
-    return weights
 
 
 def _names(value: str | Sequence[str] | None) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -42,6 +43,8 @@ class RowStoreWriter:
         Whether each row comes with a weight.
     rows_per_chunk : int, optional
         Rows in a chunk of every array. Default: `default_rows_per_chunk`, or fewer when all rows fit in less.
+    first_row : int, optional
+        Where in a store that another writer began, and will finish, rows are to be written: at the start of a chunk.
 
     Raises
     ------
@@ -68,6 +71,7 @@ class RowStoreWriter:
         targets: Sequence[str] = (),
         weights: bool = False,
         rows_per_chunk: int | None = None,
+        first_row: int | None = None,
     ) -> None:
         if not features:
             raise UsageError("a store needs at least one feature column; name one")
@@ -75,7 +79,7 @@ class RowStoreWriter:
         check_rows_per_chunk(rows_per_chunk, n_columns)
         self._path = Path(path)
         self._features, self._targets = list(features), list(targets)
-        self._given_rows = rows_per_chunk
+        self._given_rows, self._joins = rows_per_chunk, first_row is not None
         self.rows_per_chunk = rows_per_chunk or default_rows_per_chunk(n_columns)
         self.n_rows = 0
         shapes: dict[str, tuple[int, ...]] = {"X": (len(features),)}
@@ -89,7 +93,11 @@ class RowStoreWriter:
         self._arrays: dict[str, zarr.Array[Any]] = {}
         self._thread = ThreadPoolExecutor(1, "streamlr-chunk-writer")
         self._writing: Future[None] | None = None
-        self._group = zarr.create_group(str(self._path), zarr_format=3, attributes={ATTRIBUTE: {"complete": False}})
+        if first_row is None:
+            self._group = zarr.create_group(str(self._path), zarr_format=3, attributes={ATTRIBUTE: {"complete": False}})
+        else:
+            self._group, self.n_rows = zarr.open_group(str(self._path), mode="r"), first_row
+            self._arrays = {name: self._array(name) for name in shapes}
 
     def append(
         self, x: NDArray[np.float64], y: NDArray[np.float64] | None = None, weights: NDArray[np.float64] | None = None
@@ -149,21 +157,40 @@ class RowStoreWriter:
         """
         if not self.n_rows and not self._filled:
             raise NoRows(f"no row was given to write to {self._path}")
-        if self._given_rows is None and not self.n_rows:
-            self.rows_per_chunk = min(self.rows_per_chunk, max(LEAST_ROWS, 1 << (self._filled - 1).bit_length()))
+        if not self.n_rows:
+            self._shrink(self._filled)
+        self.flush()
+        for array in self._arrays.values():
+            array.resize((self.n_rows, *array.shape[1:]))
+        seal(self._path, features=self._features, targets=self._targets, coding=coding or {}, counts=counts or {})
+
+    def share(self, n_rows: int) -> None:
+        """Leave the writing of so many rows to other writers of this store, each from a `first_row` on; then `finish`."""
+        self._shrink(n_rows)
+        self._arrays = {name: self._create(name, buffer.shape[1:]) for name, buffer in self._buffers.items()}
+        self.n_rows = n_rows
+
+    def flush(self) -> None:
+        """Write the last rows, and wait until they are written."""
         if self._filled:
             self._hand_over()
         self._wait()
         self._thread.shutdown()
-        for array in self._arrays.values():
-            array.resize((self.n_rows, *array.shape[1:]))
-        seal(self._path, features=self._features, targets=self._targets, coding=coding or {}, counts=counts or {})
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._thread.shutdown(cancel_futures=True)
+
+    def _shrink(self, n_rows: int) -> None:
+        """Make chunks smaller where nobody said how large, and all rows fit in less."""
+        if self._given_rows is None:
+            self.rows_per_chunk = min(self.rows_per_chunk, max(LEAST_ROWS, 1 << (n_rows - 1).bit_length()))
+
+    def _array(self, name: str) -> zarr.Array[Any]:
+        array: Any = self._group[name]
+        return array  # type: ignore[no-any-return]
 
     def _hand_over(self) -> None:
         """Have the chunk written, by the thread if it is free, else here and now: compressing takes longer than coding."""
@@ -192,9 +219,12 @@ class RowStoreWriter:
             path = self._path / chunk_key(self._arrays[name], (number, *(0 for _ in chunk.shape[1:])))
             path.parent.mkdir(parents=True, exist_ok=True)
             stored = numcodecs.Zstd(level=COMPRESSION_LEVEL).encode(chunk)
-            with path.open("xb") as file:
+            beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}") if self._joins else path
+            with beside.open("xb") as file:
                 file.write(stored)
                 file.write(google_crc32c.value(stored).to_bytes(CHECKSUM_BYTES, "little"))
+            if self._joins:  # perhaps another was killed while it wrote this chunk
+                beside.replace(path)
 
     def _create(self, name: str, shape: tuple[int, ...]) -> zarr.Array[Any]:
         array: zarr.Array[Any] = self._group.create_array(

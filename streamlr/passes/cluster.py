@@ -48,7 +48,7 @@ def run_on(
     """
     import distributed
 
-    with translated(client), _told(client, key) as told:
+    with translated(client), client.as_current(), _told(client, key) as told:
         watch = _Watch(client, check)
         watch.look(now=check is not None)
         with warnings.catch_warnings():

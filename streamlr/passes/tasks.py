@@ -22,7 +22,7 @@ from streamlr.passes.cluster import run_on, translated
 from streamlr.passes.memory import one_blas_thread
 from streamlr.passes.progress import Share, find_pass
 from streamlr.passes.schedulers import active_client, has_pool, is_task, is_threaded
-from streamlr.passes.workers import Vetted
+from streamlr.passes.workers import Vetted, stores_of
 
 
 def span_tasks(dataset: Dataset, cut: Sequence[Span], name: str, function: Any, arguments: tuple[Any, ...]) -> list[Delayed]:
@@ -106,7 +106,7 @@ def compute(root: Delayed, arrays: Sequence[Rows], key: str, tasks_at_once: int)
     if client := active_client():
         state = find_pass(key)
         assert state is not None, "a pass runs where it was begun"
-        result = run_on(client, root, key, lambda rows: state.note(Tally(rows=rows)), Vetted(client, arrays).check)
+        result = run_on(client, root, key, lambda rows: state.note(Tally(rows=rows)), Vetted(client, stores_of(arrays)).check)
         state.finish()
         return result
     options: dict[str, Any] = {"num_workers": tasks_at_once} if has_pool() else {}

@@ -30,7 +30,7 @@ SENT_BYTES = 100_000_000  # of NumPy rows that are sent to workers, at most
 MUST_AGREE = ("streamlr", "numpy", "zarr", "numcodecs", "dask")
 COMPARED, TAIL = 8, 4096  # chunks of an array by which copies of a store are told apart, and bytes of each
 
-Look = tuple[str, str, tuple[str, ...]]  # a store's folder as given, in full, and files in it that are compared
+Look = tuple[str, str, tuple[str, ...]]  # a file or folder as given, in full, and files in it that are compared
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,18 +98,13 @@ class Vetted:
     ----------
     client : distributed.Client
         Of the cluster.
-    arrays : sequence of Rows
-        What a pass reads.
-
-    Raises
-    ------
-    UsageError
-        Rows are in this process's memory, where no worker sees them, and are too many to send.
+    looks : sequence of (str, str, tuple of str)
+        What they must see, from `stores_of` or `seen_by_workers`.
     """
 
-    def __init__(self, client: Any, arrays: Sequence[Rows]) -> None:
-        self._client, self._stores = client, _stores(arrays)
-        self._own = _look_around(self._stores)
+    def __init__(self, client: Any, looks: Sequence[Look]) -> None:
+        self._client, self._looks = client, list(looks)
+        self._own = _look_around(self._looks)
         self._vetted: set[str] = set()
 
     def check(self, addresses: Iterable[str]) -> None:
@@ -123,7 +118,7 @@ class Vetted:
         new = set(addresses) - self._vetted
         if new:
             for address, seen in cluster.run(
-                self._client, cluster.PATIENCE / 2, _look_around, self._stores, workers=sorted(new)
+                self._client, cluster.PATIENCE / 2, _look_around, self._looks, workers=sorted(new)
             ).items():
                 self._judge(address, seen)
             self._vetted |= new
@@ -141,17 +136,23 @@ class Vetted:
                     f"worker {address} has {name} {seen[name]}, and here is {self._own[name]}: results could have other bits; "
                     "install the same on all machines"
                 )
-        for store, digest in self._own["stores"].items():
-            if seen["stores"][store] != digest:
-                fault = "sees another copy of" if seen["stores"][store] else "does not see"
+        for place, digest in self._own["places"].items():
+            if seen["places"][place] != digest:
+                fault = "sees another copy of" if seen["places"][place] else "does not see"
                 raise ClusterError(
-                    f"worker {address} on {seen['host']} {fault} the store {store}; put it on a disk that all workers share, under "
-                    "the same path, or in object storage"
+                    f"worker {address} on {seen['host']} {fault} {place}; put it on a disk that all workers share, under the same "
+                    "path, or in object storage"
                 )
 
 
-def _stores(arrays: Sequence[Rows]) -> list[Look]:
-    """Return what workers are to look at, after checking that there are no rows that they cannot see."""
+def stores_of(arrays: Sequence[Rows]) -> list[Look]:
+    """Return the stores that workers must see in order to read some arrays.
+
+    Raises
+    ------
+    UsageError
+        Rows are in this process's memory, where no worker sees them, and are too many to send.
+    """
     sent = sum(rows.array.nbytes for rows in arrays if isinstance(rows, MemoryRows))
     if sent > SENT_BYTES:
         raise UsageError(
@@ -166,8 +167,13 @@ def _stores(arrays: Sequence[Rows]) -> list[Look]:
         if isinstance(store, MemoryStore):
             raise UsageError(f"array {label!r} is in this process's memory, where no worker sees it; write it to a disk they share")
         if root := local_root(array):
-            stores.append((str(root), os.path.abspath(root), _compared(array)))
+            stores.append(seen_by_workers(root, *_compared(array)))
     return stores
+
+
+def seen_by_workers(place: Path, *names: str) -> Look:
+    """Return a folder that workers must see, and files in it that must be the same there; or a file, without names."""
+    return str(place), os.path.abspath(place), names or ("",)
 
 
 def _stored_arrays(rows: Rows) -> list[tuple[str, Any]]:
@@ -185,26 +191,28 @@ def _compared(array: zarr.Array[Any]) -> tuple[str, ...]:
     return (f"{prefix}zarr.json", f"{prefix}.zarray", *(key((place, *rest)) for place in places))
 
 
-def _look_around(stores: list[Look]) -> dict[str, Any]:
-    """Task: tell what is installed here, and what the stores look like: nothing for those that are not there or lie elsewhere."""
-    found: dict[str, Any] = {"Python": ".".join(platform.python_version_tuple()[:2]), "host": platform.node(), "stores": {}}
+def _look_around(looks: list[Look]) -> dict[str, Any]:
+    """Task: tell what is installed here, and what some places look like: nothing for those that are not there or lie elsewhere."""
+    found: dict[str, Any] = {"Python": ".".join(platform.python_version_tuple()[:2]), "host": platform.node(), "places": {}}
     for name in MUST_AGREE:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = "(not installed)"
-    for root, place, names in stores:
-        there = os.path.abspath(root) == place and os.path.isdir(root)
-        found["stores"][root] = found["stores"].get(root, "") + _digest(Path(root), names) if there else ""
+    for given, full, names in looks:
+        there = os.path.abspath(given) == full and os.path.exists(given)
+        found["places"][given] = found["places"].get(given, "") + _digest(Path(given), names) if there else ""
     return found
 
 
-def _digest(root: Path, names: Sequence[str]) -> str:
-    digest = hashlib.sha256()
+def _digest(place: Path, names: Sequence[str]) -> str:
+    """Return a digest of the sizes and the ends of some files; nothing where there are none."""
+    digest, found = hashlib.sha256(), False
     for name in names:
         digest.update(name.encode())
-        with suppress(OSError), (root / name).open("rb") as file:
+        with suppress(OSError), (place / name).open("rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(size - TAIL, 0))
             digest.update(size.to_bytes(8, "big") + file.read())
-    return digest.hexdigest()
+            found = True
+    return digest.hexdigest() if found else ""

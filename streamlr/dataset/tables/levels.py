@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from streamlr.dataset.tables.batches import Table
 from streamlr.dataset.tables.csv_files import NUMERAL
-from streamlr.dataset.tables.missing import Missing, RowCounts, complete_rows
+from streamlr.dataset.tables.missing import Missing, RowCounts, check_rows_left, kept_rows
 from streamlr.errors import DataError
 
 MOST_LEVELS = 10_000
@@ -51,19 +51,39 @@ def collect_levels(
     ({'month': ['9', '10'], 'kind': ['a', 'b']}, 3)
     >>> folder.cleanup()
     """
-    found: dict[str, set[str]] = {column: set() for column in categories}
     counts = RowCounts()
-    for batch in complete_rows(tables, others if missing == "drop" else (), categories, missing, counts):
+    note = None if progress is None else lambda: progress("levels", counts.read)
+    found = levels_in(tables, categories, others, missing, counts, note)
+    check_rows_left(tables, counts)
+    return {column: sort_levels(column, levels) for column, levels in found.items()}, counts.read
+
+
+def levels_in(
+    tables: Sequence[Table],
+    categories: Sequence[str],
+    others: Sequence[str],
+    missing: Missing,
+    counts: RowCounts,
+    note: Callable[[], None] | None,
+) -> dict[str, set[str]]:
+    """Return the levels of each category in tables that may be a part of all; count rows, and call `note` after each block."""
+    found: dict[str, set[str]] = {column: set() for column in categories}
+    for batch in kept_rows(tables, others if missing == "drop" else (), categories, missing, counts):
         for column, levels in found.items():
             levels.update(batch.texts[column].unique().to_pylist())
-            if len(levels) > MOST_LEVELS:
-                raise DataError(
-                    f"{batch.place(0, column)}: from here on there are more than {MOST_LEVELS:,} levels; is it an identifier? "
-                    f"Group its levels in the table, or leave C({column}) out of the formula"
-                )
-        if progress is not None:
-            progress("levels", counts.read)
-    return {column: sort_levels(column, levels) for column, levels in found.items()}, counts.read
+            check_levels(column, levels, batch.place(0, column))
+        if note is not None:
+            note()
+    return found
+
+
+def check_levels(column: str, levels: Collection[str], place: str) -> None:
+    """Raise `DataError` where a category has more levels than a column of a design for each would be worth."""
+    if len(levels) > MOST_LEVELS:
+        raise DataError(
+            f"{place}: from here on there are more than {MOST_LEVELS:,} levels; is it an identifier? "
+            f"Group its levels in the table, or leave C({column}) out of the formula"
+        )
 
 
 def sort_levels(column: str, levels: Collection[str]) -> list[str]:

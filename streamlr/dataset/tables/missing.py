@@ -30,6 +30,17 @@ class RowCounts:
     dropped: int = 0
     by_column: dict[str, int] = field(default_factory=dict)
 
+    @property
+    def kept(self) -> int:
+        """Rows that were not left out."""
+        return self.read - self.dropped
+
+    def __add__(self, other: RowCounts) -> RowCounts:
+        """Return what was read and left out in two passes over different tables."""
+        columns = dict.fromkeys([*self.by_column, *other.by_column])
+        both = {name: self.by_column.get(name, 0) + other.by_column.get(name, 0) for name in columns}
+        return RowCounts(self.read + other.read, self.dropped + other.dropped, both)
+
 
 def complete_rows(
     tables: Sequence[Table], numbers: Sequence[str], texts: Sequence[str], missing: Missing, counts: RowCounts
@@ -66,6 +77,14 @@ def complete_rows(
     ([[1.0]], {'x': 1})
     >>> folder.cleanup()
     """
+    yield from kept_rows(tables, numbers, texts, missing, counts)
+    check_rows_left(tables, counts)
+
+
+def kept_rows(
+    tables: Sequence[Table], numbers: Sequence[str], texts: Sequence[str], missing: Missing, counts: RowCounts
+) -> Iterator[Batch]:
+    """Iterate as `complete_rows` does over tables that may be a part of all, of which no row need be left."""
     for table in tables:
         for batch in read_batches(table, numbers=numbers, texts=texts):
             absent = {name: np.isnan(column) for name, column in batch.numbers.items()}
@@ -86,6 +105,10 @@ def complete_rows(
             kept = batch.keep(~incomplete) if incomplete.any() else batch
             if len(kept.rows):
                 yield kept
+
+
+def check_rows_left(tables: Sequence[Table], counts: RowCounts) -> None:
+    """Raise `NoRows` where all rows of all tables were left out."""
     if counts.read == counts.dropped:
         columns = ", ".join(f"{name!r} in {count:,}" for name, count in counts.by_column.items())
         reason = f"all {counts.read:,} rows miss a cell ({columns})" if counts.read else "there is a header and nothing below it"

@@ -1,0 +1,179 @@
+"""Ingestion on a cluster: each file a task, and each chunk of the store written by the task in whose file it begins."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate, chain
+from pathlib import Path
+from typing import Any
+
+from dask.delayed import delayed
+
+from streamlr.dataset.row_store import RowStoreWriter
+from streamlr.dataset.table_rows import Reading, TableRows
+from streamlr.dataset.tables.batches import Batch, Table
+from streamlr.dataset.tables.levels import Progress, check_levels, levels_in, sort_levels
+from streamlr.dataset.tables.missing import Missing, RowCounts, check_rows_left, kept_rows
+from streamlr.dataset.tally import Tally
+from streamlr.errors import StoreChanged, StreamlrError
+from streamlr.passes.cluster import run_on
+from streamlr.passes.progress import find_pass, running_pass, share_of_pass
+from streamlr.passes.schedulers import active_client
+from streamlr.passes.workers import Vetted, seen_by_workers
+
+Counted = tuple[dict[str, set[str]], RowCounts]
+
+
+def reading_of(sources: Sequence[Any]) -> Reading | None:
+    """Return who reads several files where there is an active client; None for one after another, in this process."""
+    client = active_client()
+    return OnWorkers(client) if client is not None and len(sources) > 1 else None
+
+
+class OnWorkers:
+    """Files are read by the workers of a cluster, twice: where the rows of one are to lie, those before it must say.
+
+    Parameters
+    ----------
+    client : distributed.Client
+        Of the cluster, whose workers see the files and write to one disk.
+    """
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+        self._counts: list[RowCounts] = []
+
+    def levels(
+        self, tables: Sequence[Table], categories: Sequence[str], others: Sequence[str], missing: Missing, progress: Progress | None
+    ) -> tuple[dict[str, list[str]], int]:
+        """Return the sorted levels of each category in all files, and the number of rows read."""
+        levels: dict[str, set[str]] = {column: set() for column in categories}
+        common = (list(categories), list(others), missing)
+        surveyed = self._on_each("levels", find_levels, [(table, *common) for table in tables], tables, progress)
+        for table, (found, _) in zip(tables, surveyed, strict=True):
+            for column in categories:
+                levels[column] |= found[column]
+                check_levels(column, levels[column], str(table.path))
+        self._counts = [counts for _, counts in surveyed]
+        total = sum(self._counts, RowCounts())
+        check_rows_left(tables, total)
+        if progress is not None:
+            progress("levels", total.read)
+        return {column: sort_levels(column, found) for column, found in levels.items()}, total.read
+
+    def write(
+        self, path: Path, rows: TableRows, tables: Sequence[Table], rows_per_chunk: int | None, progress: Progress | None
+    ) -> tuple[RowStoreWriter, RowCounts]:
+        """Write the rows of all files, of each chunk in one task, and return the writer that will finish the store."""
+        counts = self._counts or self._on_each("count", count_rows, [(table, rows) for table in tables], tables, progress)
+        total = sum(counts, RowCounts())
+        check_rows_left(tables, total)
+        writer = rows.writer(path, rows_per_chunk)
+        writer.share(total.kept)
+        height, kept = writer.rows_per_chunk, [one.kept for one in counts]
+        ends = list(accumulate(kept))
+        parts = []
+        for i, (own, end) in enumerate(zip(kept, ends, strict=True)):
+            first, stop = (-(-row // height) * height for row in (end - own, end))  # chunks that begin in this file
+            stop = min(stop, total.kept)
+            if not own:  # to be sure that it still has none
+                parts.append((rows, tables[i : i + 1], kept[i : i + 1], 1, path, height, 0, (0, 0)))
+            elif first < stop:
+                whole = sum(after <= stop for after in ends[i:])
+                needed = sum(after - count < stop for after, count in zip(ends[i:], kept[i:], strict=True))
+                window = (first - (end - own), stop - (end - own))
+                parts.append((rows, tables[i : i + needed], kept[i : i + needed], whole, path, height, first, window))
+        self._on_each("rows", write_part, parts, tables, progress, path)
+        if progress is not None:
+            progress("rows", total.read)  # what workers told of last may not have been heard
+        for left in path.glob("*/c/**/.*"):  # by a worker that was killed
+            left.unlink()
+        return writer, total
+
+    def _on_each(
+        self,
+        stage: str,
+        function: Callable[..., Any],
+        parts: Sequence[tuple[Any, ...]],
+        tables: Sequence[Table],
+        progress: Progress | None,
+        output: Path | None = None,
+    ) -> list[Any]:
+        """Return what a task makes of each part, or raise the error of the first that has one."""
+        looks = [seen_by_workers(table.path) for table in tables]
+        looks += [seen_by_workers(output, "zarr.json")] if output else []
+        told = None if progress is None else lambda event: progress(stage, event.rows)
+        with running_pass(stage, sys.maxsize, 1, told) as key:
+            tasks = [delayed(attempt)(function, part, key, dask_key_name=f"{stage}-{key}-{i}") for i, part in enumerate(parts)]
+            root = delayed(list)(tasks, dask_key_name=f"gather-{key}")
+            state = find_pass(key)
+            assert state is not None, "it was begun above"
+            found = run_on(self._client, root, key, lambda rows: state.note(Tally(rows=rows)), Vetted(self._client, looks).check)
+        for one in found:
+            if isinstance(one, StreamlrError):
+                raise one
+        return list(found)
+
+
+def attempt(function: Callable[..., Any], part: tuple[Any, ...], key: str) -> Any:
+    """Task: return what a function makes of a part, or the error that it raises: the caller wants the first in order of files."""
+    with share_of_pass(key) as share:
+        counts, noted = RowCounts(), 0
+
+        def note() -> None:
+            nonlocal noted
+            share.note(Tally(rows=counts.read - noted))
+            noted = counts.read
+
+        try:
+            return function(*part, counts, note)
+        except StreamlrError as error:
+            return error
+
+
+def find_levels(
+    table: Table, categories: list[str], others: list[str], missing: Missing, counts: RowCounts, note: Callable[[], None]
+) -> Counted:
+    """Return the levels of each category in one file, and its counts."""
+    return levels_in([table], categories, others, missing, counts, note), counts
+
+
+def count_rows(table: Table, rows: TableRows, counts: RowCounts, note: Callable[[], None]) -> RowCounts:
+    """Return the counts of one file."""
+    for _ in kept_rows([table], rows.numbers, list(rows.coding.levels), rows.missing, counts):
+        note()
+    return counts
+
+
+def write_part(
+    rows: TableRows,
+    tables: Sequence[Table],
+    kept: Sequence[int],
+    whole: int,
+    path: Path,
+    height: int,
+    first_row: int,
+    window: tuple[int, int],
+    counts: RowCounts,
+    note: Callable[[], None],
+) -> None:
+    """Write the rows of a window, in files of which so many are read to their ends, as chunks of a store from a row on."""
+
+    def batches(some: slice) -> Iterator[Batch]:
+        for table, expected in zip(tables[some], kept[some], strict=True):
+            before = counts.kept
+            yield from kept_rows([table], rows.numbers, list(rows.coding.levels), rows.missing, counts)
+            if counts.kept - before != expected:
+                raise StoreChanged(
+                    f"{table.path} had {expected:,} rows to write, and {counts.kept - before:,} when read again; ingest when "
+                    "nobody writes to it"
+                )
+
+    complete = batches(slice(whole))
+    with rows.writer(path, height, first_row) as writer:
+        for _ in rows.write(writer, chain(complete, batches(slice(whole, None))), *window):
+            note()
+        for _ in complete:  # to its end, where its rows are counted
+            note()
+        writer.flush()
