@@ -471,13 +471,14 @@ def run(*arguments: Any) -> subprocess.CompletedProcess[str]:
 
 
 def deaf_processes(session: int) -> int:
-    """How many processes of a session ignore Ctrl-C."""
+    """How many processes of a session do not hear Ctrl-C."""
     count = 0
     for status in Path("/proc").glob("[0-9]*/status"):
         with suppress(OSError):
             if os.getsid(int(status.parent.name)) == session:
-                ignored = int(status.read_text().split("SigIgn:")[1].split()[0], 16)
-                count += ignored >> (signal.SIGINT - 1) & 1
+                text = status.read_text()
+                deaf = [int(text.split(f"{name}:")[1].split()[0], 16) for name in ("SigBlk", "SigIgn")]
+                count += any(mask >> (signal.SIGINT - 1) & 1 for mask in deaf)
     return count
 
 
@@ -518,6 +519,36 @@ class TestCommandLine:
         assert (process.returncode, out) == (130, "")
         assert err.splitlines()[-1].startswith("error: interrupted")
         assert "Traceback" not in err
+
+    @pytest.mark.parametrize("seconds", [0.6, 1.2, 2.0])
+    def test_ctrl_c_while_workers_start(self, store, seconds):
+        process = subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "streamlr.cli",
+                "fit",
+                str(store),
+                "--workers",
+                "2",
+                "--solver",
+                "minibatch",
+                "--max-epochs",
+                "1000",
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        time.sleep(seconds)  # from its beginning: imports, then a cluster that starts, then a pass
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+        if process.returncode != -signal.SIGINT:  # before a word of ours was read
+            assert (process.returncode, out) == (130, "")
+            assert [line for line in err.splitlines() if not line.startswith("warning:")] == [
+                "error: interrupted; nothing was left half-written"
+            ]
 
     @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl, which makes the certificates, is not installed")
     def test_certificates(self, store, tmp_path, coef):

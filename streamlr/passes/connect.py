@@ -6,7 +6,7 @@ import logging
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from multiprocessing import resource_tracker
 
 from streamlr.errors import ClusterError, UsageError
 from streamlr.passes import cluster as clusters
@@ -46,11 +46,22 @@ def connected(scheduler: str | None = None, workers: int | None = None, certific
         with client:
             yield client.dashboard_link
     else:
-        options = {"threads_per_worker": 1, "dashboard_address": ":0", "preload": [__name__], "silence_logs": logging.ERROR}
-        with distributed.LocalCluster(n_workers=workers, **options) as local, distributed.Client(local) as client:
+        options = {"threads_per_worker": 1, "dashboard_address": ":0", "silence_logs": logging.ERROR}
+        with _deaf_children():
+            local = distributed.LocalCluster(n_workers=workers, **options)
+        with local, distributed.Client(local) as client:
             yield client.dashboard_link
 
 
-def dask_setup(worker: Any) -> None:
-    """Leave Ctrl-C, which a terminal sends to all processes, to the one that stops them: Dask calls this as a worker starts."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+@contextmanager
+def _deaf_children() -> Iterator[None]:
+    """Leave Ctrl-C, which a terminal sends to all processes, to this one, which stops those that are started in the block.
+
+    They inherit from birth, from the threads that start them, that it is blocked; here it waits for the end of the block.
+    """
+    resource_tracker.ensure_running()  # else the first child starts it, and then unblocks the signal for itself
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
