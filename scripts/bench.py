@@ -38,11 +38,12 @@ LIMIT_OF = {
     "streamlr evaluate": "read and decode alone",
     "streamlr predict": "read, decode and write",
     "streamlr minibatch epoch": FIT,
+    "streamlr minibatch epoch, two streams": FIT,
     "streamlr sgd epoch": FIT,
     "streamlr ingest": PARSE,
 }
 EVERYWHERE = (*OURS, *LIMITS, "da.map_blocks, BLAS at 1")
-NEIGHBOURS = (*EVERYWHERE, "oneDAL incremental", "dask-ml newton")
+NEIGHBOURS = (*EVERYWHERE, "streamlr minibatch epoch, two streams", "oneDAL incremental", "dask-ml newton")
 ALL = tuple(name for name in CONTESTANTS if name not in ("streamlr ingest", PARSE))
 INGEST = ("streamlr ingest", PARSE)
 

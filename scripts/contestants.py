@@ -36,6 +36,7 @@ CONTESTANTS = {
     "streamlr evaluate": Contestant(ours.evaluate),
     "streamlr predict": Contestant(ours.predict),
     "streamlr minibatch epoch": Contestant(ours.minibatch_epoch),
+    "streamlr minibatch epoch, two streams": Contestant(ours.minibatch_epoch_in_streams),
     "streamlr sgd epoch": Contestant(ours.sgd_epoch),
     "streamlr, to a gap of 1e-3": Contestant(ours.to_gap),
     "streamlr ingest": Contestant(ours.ingest, needs="pyarrow"),

@@ -101,22 +101,26 @@ def minibatch_epoch(path: Path) -> Timed:
     return epoch_of(path, "minibatch")
 
 
+def minibatch_epoch_in_streams(path: Path) -> Timed:
+    return epoch_of(path, "minibatch", streams=2)
+
+
 def sgd_epoch(path: Path) -> Timed:
     return epoch_of(path, "sgd")
 
 
-def epoch_of(path: Path, mode: str) -> Timed:
+def epoch_of(path: Path, mode: str, streams: int = 1) -> Timed:
     """The second of two epochs, since the first also starts the threads; the gap is that of a descent of one epoch."""
     import streamlr
 
     dataset = opened(path)
 
     def descended() -> tuple[Any, Any]:
-        model = streamlr.fit(dataset, streamlr.Descent(mode, max_epochs=1))
+        model = streamlr.fit(dataset, streamlr.Descent(mode, max_epochs=1, streams=streams))
         return model.coef_matrix, model.intercept_vector
 
     def run() -> Result:
-        model = streamlr.fit(dataset, streamlr.Descent(mode, max_epochs=2))
+        model = streamlr.fit(dataset, streamlr.Descent(mode, max_epochs=2, streams=streams))
         return Result(model.coef, model.history[1].seconds - model.history[0].seconds, descended)
 
     return run

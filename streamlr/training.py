@@ -103,7 +103,6 @@ class Training:
             state_bytes=ITERATES * 8 * width * rows.n_targets + working_bytes(order.stretch_rows(width), width, order.batch_rows),
             passes=self.options.max_epochs or 1,
             memory=self.memory_limit,
-            streams=self.options.streams,
         )
         return plan, False
 
@@ -167,7 +166,7 @@ class Training:
         options = self.options
         width = rows.n_features + self.fit_intercept + rows.n_targets + (rows.weights is not None)
         batch_rows = options.batch_rows(rows.n_rows, rows.n_features)
-        return Order(batch_rows, options.seed, bool(options.shuffle), options.buffer_rows), width
+        return Order(batch_rows, options.seed, bool(options.shuffle), options.buffer_rows, options.streams), width
 
     def _walk(self, rows: Dataset, readers: int) -> Walk:
         """Look at a sample, and return how to go down."""
@@ -212,8 +211,8 @@ class Training:
         save = _nothing if kept is None else kept.save
         common = (self.options, walk, rows.target_names, self._validation(held_out), self._record(rows), save)
         at_once = plan.tasks_at_once
-        if (count := self.options.streams) > 1:
-            streams = ParallelStreams(rows, order, prepare, streams=count, tasks_at_once=at_once, **reading)
+        if order.streams > 1:
+            streams = ParallelStreams(rows, order, prepare, tasks_at_once=at_once, **reading)
             return MixedLoop(*common, streams.epoch)
         stream = RowStream(rows, order, prepare, readers=at_once, **reading)
 

@@ -144,8 +144,8 @@ def as_read(x: Array, y: Array, weights: Array | None, out: Array) -> None:
 def streams_of(dataset: streamlr.Dataset) -> Any:
     from streamlr.passes.streams import ParallelStreams
 
-    settings: dict[str, Any] = {"width": P + 1, "streams": 4, "tasks_at_once": 1, "task": "t", "progress": None}
-    return ParallelStreams(dataset, order.Order(16, 0), as_read, **settings)
+    settings: dict[str, Any] = {"width": P + 1, "tasks_at_once": 1, "task": "t", "progress": None}
+    return ParallelStreams(dataset, order.Order(16, 0, streams=4), as_read, **settings)
 
 
 finite = st.floats(-1e3, 1e3).filter(lambda value: value == 0 or abs(value) > 1e-3)
@@ -281,8 +281,18 @@ def test_options_that_do_not_go_together(options, words):
 
 
 def test_more_streams_than_chunks(store):
-    with pytest.raises(UsageError, match=r"streams is 20, and the rows are read in 19 piece\(s\)"):
+    with pytest.raises(UsageError, match=r"streams is 20, and the rows are in 19 chunk\(s\)"):
         fitted(store, streams=20)
+
+
+def test_small_chunks_are_shared_too(store, monkeypatch):
+    """Which one stream would read in one piece."""
+    monkeypatch.setattr(order, "UNIT_BYTES", 4 * 2**20)
+    dataset = streamlr.open_dataset(store)
+    assert [len(order.unit_spans(dataset, streams)) for streams in (1, 2, 4, 19, 20)] == [1, 3, 5, 19, 19]
+    assert fitted(store, streams=19).history[-1].rows == 3 * N
+    X = np.random.default_rng(0).normal(size=(100, 2))
+    assert streamlr.fit(streamlr.Dataset(X, X[:, 0]), Descent(streams=4, batch_size=1, max_epochs=2)).history[-1].rows == 200
 
 
 def test_time_that_is_used_up_ends_it_after_an_epoch(store):

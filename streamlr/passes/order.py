@@ -37,12 +37,15 @@ class Order:
         Shuffle units, and rows in a buffer; else rows come as stored.
     buffer_rows : int or None
         Rows of the buffer; None for four units, at least 64 MiB of rows.
+    streams : int
+        Streams that units are dealt to in turn, each with a buffer of its own.
     """
 
     batch_rows: int
     seed: int
     shuffle: bool = True
     buffer_rows: int | None = None
+    streams: int = 1
 
     def stretch_rows(self, width: int) -> int:
         """Rows that are handed out together: whole batches, about a cache full."""
@@ -57,12 +60,13 @@ class Order:
         """Rows of the shuffle buffer; 0 without one."""
         if not self.shuffle:
             return 0
-        wanted = self.buffer_rows or max(BUFFER_UNITS * most_rows(unit_spans(dataset)), BUFFER_BYTES // (8 * width))
-        return min(wanted, dataset.stored_rows)
+        units = unit_spans(dataset, self.streams)
+        wanted = self.buffer_rows or max(BUFFER_UNITS * most_rows(units), BUFFER_BYTES // (8 * width))
+        return min(wanted, dataset.stored_rows, -(-len(units) // self.streams) * most_rows(units))
 
     def units(self, dataset: Dataset, epoch: int) -> Sequence[Span]:
         """Return the units in the order of an epoch."""
-        units = unit_spans(dataset)
+        units = unit_spans(dataset, self.streams)
         if not self.shuffle:
             return units
         return Shuffled(units, np.random.default_rng((self.seed, epoch)).permutation(len(units)))
@@ -107,8 +111,10 @@ class Shuffled(Sequence[Span]):
         return self.units[int(self.order[number])]
 
 
-def unit_spans(dataset: Dataset) -> Sequence[Span]:
+def unit_spans(dataset: Dataset, streams: int = 1) -> Sequence[Span]:
     """Cut the rows into units of reading: one chunk, or as many small ones as make 4 MiB; one row of blocks of a Dask array.
+
+    Where several streams would not get one each, fewer chunks make a unit.
 
     Where arrays have chunks of different heights, units end where chunks of all of them end, as long as that takes no more than
     16 MiB; else where chunks of the array with the longest rows end, and the others are decoded again where units share them.
@@ -120,7 +126,8 @@ def unit_spans(dataset: Dataset) -> Sequence[Span]:
     shared = lcm(*(rows.decoded_rows for rows in dataset.arrays))
     if shared * dataset.row_bytes <= BUFFER_BYTES // BUFFER_UNITS:
         chunk = shared
-    return Even(dataset.stored_rows, chunk * max(UNIT_BYTES // (chunk * dataset.row_bytes), 1))
+    together = min(UNIT_BYTES // (chunk * dataset.row_bytes), -(-dataset.stored_rows // chunk) // streams)
+    return Even(dataset.stored_rows, chunk * max(together, 1))
 
 
 def most_rows(units: Sequence[Span]) -> int:

@@ -19,7 +19,7 @@ from streamlr.dataset.dataset import Dataset
 from streamlr.dataset.tally import Tally
 from streamlr.errors import MemoryLimitExceeded, UsageError
 from streamlr.passes.memory import one_blas_thread
-from streamlr.passes.order import Order, most_rows, unit_spans
+from streamlr.passes.order import Order, unit_spans
 from streamlr.passes.pieces import Prepare, new_piece, prepared, unit_reader
 from streamlr.passes.planning import make_plan
 from streamlr.passes.progress import Callback, running_pass, share_of_pass
@@ -41,9 +41,10 @@ def plan_stream(
     state_bytes: int = 0,
     passes: int,
     memory: int | str | None,
-    streams: int = 1,
 ) -> Plan:
     """Plan epochs: as many readers at once as there are workers and as memory allows; buffers are never shrunk.
+
+    Of several streams, each is a task that has a buffer and a state of its own.
 
     Parameters
     ----------
@@ -61,8 +62,6 @@ def plan_stream(
         Readings of all rows at most.
     memory : int, str or None
         The limit; see `memory_limit`.
-    streams : int
-        Of more than one, each is a task that has a buffer and a state of its own.
 
     Raises
     ------
@@ -71,13 +70,10 @@ def plan_stream(
     UsageError
         There are more streams than chunks to share.
     """
-    units = unit_spans(dataset)
+    units, streams = unit_spans(dataset, order.streams), order.streams
     if streams > len(units):
-        raise UsageError(
-            f"streams is {streams:,}, and the rows are read in {len(units):,} piece(s), of whole chunks and 4 MB or more; choose "
-            "at most so many streams"
-        )
-    capacity = min(order.capacity(dataset, width), -(-len(units) // streams) * most_rows(units))
+        raise UsageError(f"streams is {streams:,}, and the rows are in {len(units):,} chunk(s); choose at most so many streams")
+    capacity = order.capacity(dataset, width)
     buffer = (capacity * width + 2 * (capacity // order.run + 1)) * 8  # two integers a run for the order of its slots
     reading, descending = dataset.reader_bytes, buffer + order.stretch_rows(width) * width * 8
     try:
@@ -195,7 +191,8 @@ class RowStream:
             threads = []
             for i, lane in enumerate(lanes):
                 own = range(start.unit + i, len(units), len(lanes))
-                threads.append(Thread(target=copy_context().run, args=(self._read, lane, units, own, key), daemon=True))
+                run, work = copy_context().run, (self._read, lane, units, own, key)  # the context knows the active client
+                threads.append(Thread(target=run, args=work, name=f"streamlr_reader-{i}", daemon=True))
             try:
                 for thread in threads:
                     thread.start()

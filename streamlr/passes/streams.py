@@ -35,13 +35,11 @@ class ParallelStreams:
     dataset : Dataset
         The rows.
     order : Order
-        In which order units come, and rows in each stream.
+        In which order units come, and rows in each of how many streams.
     prepare : callable
         Writes rows x (m, p) and y (m, k), with their weights (m,) or None, into `out` (m, width), in the task that read them.
     width : int
         Numbers of a prepared row.
-    streams : int
-        How many.
     tasks_at_once : int
         How many of them this machine runs at once, if it is this machine.
     task : str
@@ -62,23 +60,22 @@ class ParallelStreams:
         prepare: Prepare,
         *,
         width: int,
-        streams: int,
         tasks_at_once: int,
         task: str,
         progress: Callback | None,
     ) -> None:
         self.dataset, self.order, self.prepare, self.width = dataset, order, prepare, width
-        self.streams, self.tasks_at_once, self.task, self.progress = streams, tasks_at_once, task, progress
+        self.tasks_at_once, self.task, self.progress = tasks_at_once, task, progress
         self._before = begin(dataset)
 
     def epoch(self, number: int, use: Use[R]) -> list[R]:
         """Return what `use` made of the stretches of each stream, and check that every row was seen and none has changed."""
         dataset = self.dataset
         with running_pass(self.task, dataset.stored_rows, dataset.row_bytes, self.progress) as key:
-            values = (dataset, self.order, self.prepare, self.width, number, self.streams, use, key)
+            values = (dataset, self.order, self.prepare, self.width, number, use, key)
             context = [delayed(value, traverse=False, name=f"context-{key}-{i}") for i, value in enumerate(values)]
             name = f"epoch {number + 1}-{key}"
-            parts = [delayed(read_stream)(i, *context, dask_key_name=f"{name}-{i}") for i in range(self.streams)]
+            parts = [delayed(read_stream)(i, *context, dask_key_name=f"{name}-{i}") for i in range(self.order.streams)]
             with errors_of_graphs(dataset):
                 found = compute(delayed(gather)(*parts, dask_key_name=f"gather-{key}"), dataset.arrays, key, self.tasks_at_once)
         end(dataset, self._before, sum((tally for _, tally in found), Tally()))
@@ -86,12 +83,12 @@ class ParallelStreams:
 
 
 def read_stream(
-    stream: int, dataset: Dataset, order: Order, prepare: Prepare, width: int, number: int, streams: int, use: Use[R], key: str
+    stream: int, dataset: Dataset, order: Order, prepare: Prepare, width: int, number: int, use: Use[R], key: str
 ) -> tuple[R, Tally]:
     """Task: give the stretches of one stream of an epoch to `use`."""
     every = order.units(dataset, number)
-    units = [every[i] for i in range(stream, len(every), streams)]
-    capacity = min(order.capacity(dataset, width), sum(unit.stop - unit.start for unit in units))
+    units = [every[i] for i in range(stream, len(every), order.streams)]
+    capacity = min(order.capacity(dataset, width), sum(unit.stop - unit.start for unit in units))  # streams differ by a unit
     with share_of_pass(key) as share, one_blas_thread(), np.errstate(all="ignore"):  # what leaves float64 shows in the descent
         pieces = _pieces(dataset, units, prepare, width, share)
         value = use(stretch for stretch, _ in order.stretches(pieces, width, capacity, (number, stream)))
