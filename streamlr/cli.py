@@ -67,7 +67,7 @@ def ingest(
 ) -> Outcome:
     """Turn CSV or Parquet files into a store that can be checked and fitted; on a cluster, each file is a task."""
     from streamlr.dataset.ingest import ingest as run
-    from streamlr.passes.ingestion import reading_of
+    from streamlr.passes.ingestion import active_reading
     from streamlr.passes.progress import row_counter
 
     if len(paths) < 2:
@@ -86,7 +86,7 @@ def ingest(
             rows_per_chunk=rows_per_chunk,
             overwrite=overwrite,
             progress=progress,
-            reading=reading_of(paths[:-1]),
+            reading=active_reading(),
         )
     facts = {
         "path": str(report.path),

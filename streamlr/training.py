@@ -124,7 +124,7 @@ class Training:
         plan, by_moments = self._planned(rows)
         with nullcontext() if checkpoint is None else held(checkpoint), one_blas_thread():
             kept = None if checkpoint is None else Checkpoint(checkpoint, self._identity(), self.options.checkpoint_every)
-            walk = self._walk(rows, plan.tasks_at_once)
+            walk = self._walk(rows, self._sample_readers(rows) if self.options.streams > 1 else plan.tasks_at_once)
             full = self.options.mode == "gd"
             loop = self._full_loop(rows, held_out, walk, kept, by_moments) if full else self._loop(rows, held_out, walk, kept, plan)
             begun: Any = loop.start() if kept is None else kept.load(loop.start())
@@ -167,6 +167,14 @@ class Training:
         width = rows.n_features + self.fit_intercept + rows.n_targets + (rows.weights is not None)
         batch_rows = options.batch_rows(rows.n_rows, rows.n_features)
         return Order(batch_rows, options.seed, bool(options.shuffle), options.buffer_rows, options.streams), width
+
+    def _sample_readers(self, rows: Dataset) -> int:
+        """Return how many threads of this process may read the sample, whoever reads the rest."""
+        width, order = self._order(rows)[1], Order(1, self.options.seed, shuffle=False)
+        needed = self._sample_bytes(rows)
+        return plan_stream(
+            rows, order, task="sample", width=width, sample_bytes=needed, passes=1, memory=self.memory_limit
+        ).tasks_at_once
 
     def _walk(self, rows: Dataset, readers: int) -> Walk:
         """Look at a sample, and return how to go down."""

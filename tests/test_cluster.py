@@ -237,6 +237,42 @@ def test_one_that_hangs(store, tmp_path, which):
         process.send_signal(signal.SIGCONT)
 
 
+@pytest.mark.parametrize("state", ["frozen", "paused"])
+def test_one_of_two_that_can_do_nothing_in_the_middle_of_a_pass(store, tmp_path, state):
+    """By a signal; or as Dask pauses a worker whose memory is short."""
+    slow = da.ones((400, 3), chunks=(10, 3)).map_blocks(slowly, dtype="f8", meta=np.empty((0, 3)))
+    with a_cluster(tmp_path / "cluster", 2) as (cluster, client):
+        process, stopped = cluster.processes[1], []
+
+        def stop(event):
+            if not stopped:
+                stopped.append(event.rows)
+                if state == "frozen":
+                    process.send_signal(signal.SIGSTOP)
+                else:
+                    client.run(pause_for_ever, workers=list(client.scheduler_info()["workers"])[:1])
+
+        began = time.monotonic()
+        says = {"frozen": "given no sign of life for 4 seconds", "paused": "been paused.* for 4 seconds"}[state]
+        with pytest.raises(ClusterError, match=rf"worker tcp://\S+ has {says}") as caught:
+            streamlr.accumulate(streamlr.Dataset(slow[:, :2], slow[:, 2]), progress=stop)
+        assert any(address in str(caught.value) for address in client.scheduler_info()["workers"])
+        assert stopped
+        assert stopped[0] < 400
+        assert time.monotonic() - began < ENDS
+        process.send_signal(signal.SIGCONT)
+
+
+def slowly(block):
+    time.sleep(0.5)
+    return block
+
+
+def pause_for_ever(dask_worker):
+    dask_worker.periodic_callbacks["memory_monitor"].stop()  # it would find memory enough
+    dask_worker.status = distributed.Status.paused
+
+
 def test_every_worker_dies_of_a_descent_over_dask_arrays(tmp_path):
     with a_cluster(tmp_path / "cluster", 1) as (cluster, _):
         X = da.random.default_rng(0).normal(size=(100_000, 10), chunks=(1_000, 10))
@@ -338,6 +374,19 @@ def standing(tmp_path_factory):
     folder = tmp_path_factory.mktemp("standing")
     with a_cluster(folder, 2) as (cluster, _), distributed.Client(cluster.address, set_as_default=False) as client:
         yield client
+
+
+def noting_streams(block):
+    from streamlr.passes import progress
+
+    progress.most_inside = max(getattr(progress, "most_inside", 0), len(progress._elsewhere))
+    return block
+
+
+def most_streams_inside() -> int:
+    from streamlr.passes import progress
+
+    return progress.__dict__.pop("most_inside", 0)
 
 
 def running_tasks() -> int:
@@ -446,6 +495,14 @@ class TestOnOneCluster:
         assert streamlr.fit(streamlr.Dataset(X, y), descent).coef.tobytes() == expected
         kept = cluster.persist([X, y])
         assert streamlr.fit(streamlr.Dataset(*kept), descent).coef.tobytes() == expected
+
+    def test_streams_over_dask_arrays_hold_memory_one_at_a_time(self, cluster):
+        """Each waits for blocks, for which it makes room: not for another stream."""
+        X = da.random.default_rng(0).normal(size=(20_000, 5), chunks=(1_000, 5))
+        X = X.map_blocks(noting_streams, dtype="f8", meta=np.empty((0, 5)))
+        streamlr.fit(streamlr.Dataset(X, X[:, 0] * 0 + 1), streamlr.Descent(streams=8, max_epochs=1))
+        found = cluster.run(most_streams_inside).values()
+        assert max(found) == 1
 
     def test_epochs_are_tasks_with_numbers(self, cluster, store):
         with distributed.get_task_stream(cluster) as stream:

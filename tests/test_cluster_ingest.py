@@ -22,7 +22,7 @@ import pytest
 from streamlr.dataset.ingest import ingest
 from streamlr.errors import BadCell, ClusterError, DataError, NoRows, StoreChanged, UnknownLevel
 from streamlr.inspection import verify
-from streamlr.passes.ingestion import OnWorkers, count_rows, reading_of, write_part
+from streamlr.passes.ingestion import OnWorkers, active_reading
 
 distributed = pytest.importorskip("distributed")
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
@@ -178,10 +178,9 @@ def test_progress_and_who_reads(client, tmp_path):
     ingest(paths, tmp_path / "out.zarr", reading=OnWorkers(client), formula=FORMULA, progress=lambda *event: told.append(event))
     assert ("levels", 3_000) in told
     assert ("rows", 3_000) in told
-    assert reading_of(paths) is None
+    assert active_reading() is None
     with client.as_current():
-        assert isinstance(reading_of(paths), OnWorkers)
-        assert reading_of(paths[:1]) is None
+        assert isinstance(active_reading(), OnWorkers)
 
 
 def test_a_worker_that_dies_changes_nothing(client, tmp_path):
@@ -229,8 +228,3 @@ def test_command_line(tmp_path):
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["n_rows"] == 300
     assert contents(tmp_path / "out.zarr") == contents(ingest(paths, tmp_path / "here.zarr", formula=FORMULA).path)
-
-
-def test_tasks_are_functions_of_what_they_are_given():
-    """They travel by name: to workers that have the same release."""
-    assert {count_rows.__module__, write_part.__module__} == {"streamlr.passes.ingestion"}

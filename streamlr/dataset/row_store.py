@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from streamlr.dataset.integrity import ATTRIBUTE, CHECKSUM_BYTES, chunk_key, seal
-from streamlr.errors import NoRows, UsageError
+from streamlr.errors import Cancelled, NoRows, UsageError
 
 CHUNK_BYTES = 16 * 2**20
 LEAST_ROWS, MOST_ROWS = 2**10, 2**20  # by default; where columns are many, CHUNK_BYTES allows fewer
@@ -217,7 +217,8 @@ class RowStoreWriter:
         for name, chunk in chunks.items():
             chunk[n_rows:] = np.nan
             path = self._path / chunk_key(self._arrays[name], (number, *(0 for _ in chunk.shape[1:])))
-            path.parent.mkdir(parents=True, exist_ok=True)
+            for folder in reversed(path.relative_to(self._path / name).parents[:-1]):
+                self._make(self._path / name / folder)
             stored = numcodecs.Zstd(level=COMPRESSION_LEVEL).encode(chunk)
             beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}") if self._joins else path
             with beside.open("xb") as file:
@@ -225,6 +226,13 @@ class RowStoreWriter:
                 file.write(google_crc32c.value(stored).to_bytes(CHECKSUM_BYTES, "little"))
             if self._joins:  # perhaps another was killed while it wrote this chunk
                 beside.replace(path)
+
+    def _make(self, folder: Path) -> None:
+        """Make a folder within one that must be there: of a store that was given up, and removed, nothing is to come again."""
+        try:
+            folder.mkdir(exist_ok=True)
+        except FileNotFoundError as error:
+            raise Cancelled(f"{self._path} was removed while it was written; nothing is left of it") from error
 
     def _create(self, name: str, shape: tuple[int, ...]) -> zarr.Array[Any]:
         array: zarr.Array[Any] = self._group.create_array(

@@ -94,8 +94,16 @@ def running(client: Any) -> dict[str, Any]:
     TimeoutError
         The scheduler does not answer.
     """
-    workers = _in_time(PATIENCE, client.scheduler_info, n_workers=-1)["workers"]
-    return {address: facts for address, facts in workers.items() if facts.get("status", "running") == "running"}
+    return {address: facts for address, facts in _workers(client).items() if _runs(facts)}
+
+
+def _workers(client: Any) -> dict[str, Any]:
+    found: dict[str, Any] = _in_time(PATIENCE, client.scheduler_info, n_workers=-1)["workers"]
+    return found
+
+
+def _runs(facts: dict[str, Any]) -> bool:
+    return bool(facts.get("status", "running") == "running")
 
 
 def no_workers(client: Any) -> ClusterError:
@@ -193,11 +201,12 @@ def _hear(event: tuple[float, tuple[str, int]]) -> None:
 
 
 class _Watch:
-    """Counts for how long a cluster has been without workers or scheduler."""
+    """Counts for how long a cluster has been without workers or scheduler, and each worker without a sign of life."""
 
     def __init__(self, client: Any, check: Callable[[Iterable[str]], None] | None) -> None:
         self._client, self._check = client, check
         self._well = self._looked = time.monotonic()
+        self._signs: dict[str, tuple[float, float]] = {}  # by worker: its last, by the scheduler's clock, and when it was new to us
 
     def look(self, *, now: bool = False) -> None:
         """Look once a second, or `now`; raise `ClusterError` when there was nobody for too long, or somebody who must not be."""
@@ -206,9 +215,7 @@ class _Watch:
         while True:
             there, answered = self._client.status == "running", True
             try:
-                if there and (workers := running(self._client)):
-                    if self._check is not None:
-                        self._check(workers)
+                if there and self._is_well(_workers(self._client)):
                     self._well = time.monotonic()
                     break
             except _NoAnswer:
@@ -224,6 +231,34 @@ class _Watch:
                 break
             time.sleep(LOOK)
         self._looked = time.monotonic()
+
+    def _is_well(self, workers: dict[str, Any]) -> bool:
+        """Whether some workers run tasks; raise `ClusterError` where the pass waits for one that has not been able to for long."""
+        able = {address: facts for address, facts in workers.items() if _runs(facts)}
+        if able and self._check is not None:
+            self._check(able)
+        now, before = time.monotonic(), self._signs
+        signs = {address: facts["last_seen"] if address in able else 0.0 for address, facts in workers.items()}
+        self._signs = {
+            address: before[address] if address in before and before[address][0] == sign else (sign, now)
+            for address, sign in signs.items()
+        }
+        unable = [address for address, (_, since) in self._signs.items() if now - since > PATIENCE]
+        if unable and able:
+            tasks = _in_time(PATIENCE, self._client.processing, unable)
+            results = _in_time(PATIENCE, self._client.has_what, unable)  # which a paused worker still hands out
+            for address in unable:
+                if tasks.get(address) or (address in able and results.get(address)):
+                    raise _unable(address, paused=address not in able)
+        return bool(able)
+
+
+def _unable(address: str, *, paused: bool) -> ClusterError:
+    what = "been paused, as Dask does where memory is short," if paused else "given no sign of life"
+    return ClusterError(
+        f"worker {address} has {what} for {PATIENCE:.0f} seconds, and the pass waits for it; look at its log, give it more memory "
+        "or fewer threads, or stop it: then others do its work"
+    )
 
 
 def _silence(client: Any) -> ClusterError:

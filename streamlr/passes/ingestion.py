@@ -22,17 +22,20 @@ from streamlr.passes.progress import find_pass, running_pass, share_of_pass
 from streamlr.passes.schedulers import active_client
 from streamlr.passes.workers import Vetted, seen_by_workers
 
+PARSERS = ("pyarrow", "google-crc32c")  # what a store holds rests on them too
 Counted = tuple[dict[str, set[str]], RowCounts]
 
 
-def reading_of(sources: Sequence[Any]) -> Reading | None:
-    """Return who reads several files where there is an active client; None for one after another, in this process."""
+def active_reading() -> Reading | None:
+    """Return who reads files where there is an active client; None for this process, one after another."""
     client = active_client()
-    return OnWorkers(client) if client is not None and len(sources) > 1 else None
+    return None if client is None else OnWorkers(client)
 
 
 class OnWorkers:
     """Files are read by the workers of a cluster, twice: where the rows of one are to lie, those before it must say.
+
+    An error is that of the first file that has one in the first reading, and else in the second, which codes cells.
 
     Parameters
     ----------
@@ -50,7 +53,7 @@ class OnWorkers:
         """Return the sorted levels of each category in all files, and the number of rows read."""
         levels: dict[str, set[str]] = {column: set() for column in categories}
         common = (list(categories), list(others), missing)
-        surveyed = self._on_each("levels", find_levels, [(table, *common) for table in tables], tables, progress)
+        surveyed = self._on_each("levels", find_levels, common, [(table,) for table in tables], tables, progress)
         for table, (found, _) in zip(tables, surveyed, strict=True):
             for column in categories:
                 levels[column] |= found[column]
@@ -66,7 +69,7 @@ class OnWorkers:
         self, path: Path, rows: TableRows, tables: Sequence[Table], rows_per_chunk: int | None, progress: Progress | None
     ) -> tuple[RowStoreWriter, RowCounts]:
         """Write the rows of all files, of each chunk in one task, and return the writer that will finish the store."""
-        counts = self._counts or self._on_each("count", count_rows, [(table, rows) for table in tables], tables, progress)
+        counts = self._counts or self._on_each("count", count_rows, (rows,), [(table,) for table in tables], tables, progress)
         total = sum(counts, RowCounts())
         check_rows_left(tables, total)
         writer = rows.writer(path, rows_per_chunk)
@@ -78,23 +81,24 @@ class OnWorkers:
             first, stop = (-(-row // height) * height for row in (end - own, end))  # chunks that begin in this file
             stop = min(stop, total.kept)
             if not own:  # to be sure that it still has none
-                parts.append((rows, tables[i : i + 1], kept[i : i + 1], 1, path, height, 0, (0, 0)))
+                parts.append((tables[i : i + 1], kept[i : i + 1], 1, 0, (0, 0)))
             elif first < stop:
                 whole = sum(after <= stop for after in ends[i:])
                 needed = sum(after - count < stop for after, count in zip(ends[i:], kept[i:], strict=True))
                 window = (first - (end - own), stop - (end - own))
-                parts.append((rows, tables[i : i + needed], kept[i : i + needed], whole, path, height, first, window))
-        self._on_each("rows", write_part, parts, tables, progress, path)
+                parts.append((tables[i : i + needed], kept[i : i + needed], whole, first, window))
+        self._on_each("rows", write_part, (rows, path, height), parts, tables, progress, path)
         if progress is not None:
             progress("rows", total.read)  # what workers told of last may not have been heard
         for left in path.glob("*/c/**/.*"):  # by a worker that was killed
-            left.unlink()
+            left.unlink(missing_ok=True)
         return writer, total
 
     def _on_each(
         self,
         stage: str,
         function: Callable[..., Any],
+        common: tuple[Any, ...],
         parts: Sequence[tuple[Any, ...]],
         tables: Sequence[Table],
         progress: Progress | None,
@@ -105,19 +109,22 @@ class OnWorkers:
         looks += [seen_by_workers(output, "zarr.json")] if output else []
         told = None if progress is None else lambda event: progress(stage, event.rows)
         with running_pass(stage, sys.maxsize, 1, told) as key:
-            tasks = [delayed(attempt)(function, part, key, dask_key_name=f"{stage}-{key}-{i}") for i, part in enumerate(parts)]
+            shared = delayed((function, common, key), traverse=False, name=f"context-{key}")
+            tasks = [delayed(attempt)(shared, part, dask_key_name=f"{stage}-{key}-{i}") for i, part in enumerate(parts)]
             root = delayed(list)(tasks, dask_key_name=f"gather-{key}")
+            vetted = Vetted(self._client, looks, PARSERS)
             state = find_pass(key)
             assert state is not None, "it was begun above"
-            found = run_on(self._client, root, key, lambda rows: state.note(Tally(rows=rows)), Vetted(self._client, looks).check)
+            found = run_on(self._client, root, key, lambda rows: state.note(Tally(rows=rows)), vetted.check)
         for one in found:
             if isinstance(one, StreamlrError):
                 raise one
         return list(found)
 
 
-def attempt(function: Callable[..., Any], part: tuple[Any, ...], key: str) -> Any:
+def attempt(shared: tuple[Callable[..., Any], tuple[Any, ...], str], part: tuple[Any, ...]) -> Any:
     """Task: return what a function makes of a part, or the error that it raises: the caller wants the first in order of files."""
+    function, common, key = shared
     with share_of_pass(key) as share:
         counts, noted = RowCounts(), 0
 
@@ -127,19 +134,19 @@ def attempt(function: Callable[..., Any], part: tuple[Any, ...], key: str) -> An
             noted = counts.read
 
         try:
-            return function(*part, counts, note)
+            return function(*common, *part, counts, note)
         except StreamlrError as error:
             return error
 
 
 def find_levels(
-    table: Table, categories: list[str], others: list[str], missing: Missing, counts: RowCounts, note: Callable[[], None]
+    categories: list[str], others: list[str], missing: Missing, table: Table, counts: RowCounts, note: Callable[[], None]
 ) -> Counted:
     """Return the levels of each category in one file, and its counts."""
     return levels_in([table], categories, others, missing, counts, note), counts
 
 
-def count_rows(table: Table, rows: TableRows, counts: RowCounts, note: Callable[[], None]) -> RowCounts:
+def count_rows(rows: TableRows, table: Table, counts: RowCounts, note: Callable[[], None]) -> RowCounts:
     """Return the counts of one file."""
     for _ in kept_rows([table], rows.numbers, list(rows.coding.levels), rows.missing, counts):
         note()
@@ -148,11 +155,11 @@ def count_rows(table: Table, rows: TableRows, counts: RowCounts, note: Callable[
 
 def write_part(
     rows: TableRows,
+    path: Path,
+    height: int,
     tables: Sequence[Table],
     kept: Sequence[int],
     whole: int,
-    path: Path,
-    height: int,
     first_row: int,
     window: tuple[int, int],
     counts: RowCounts,

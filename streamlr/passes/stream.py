@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamlr.dataset.blocks import Plan, Span, format_bytes
+from streamlr.dataset.dask_rows import DaskRows
 from streamlr.dataset.dataset import Dataset
 from streamlr.dataset.tally import Tally
 from streamlr.errors import MemoryLimitExceeded, UsageError
@@ -78,13 +79,16 @@ def plan_stream(
     reading, descending = dataset.reader_bytes, buffer + order.stretch_rows(width) * width * 8
     try:
         if streams > 1:
+            if any(isinstance(rows, DaskRows) for rows in dataset.arrays):
+                reading *= 2  # one block is computed while another is used
             return make_plan(
                 dataset,
                 range(streams),
                 task=task,
                 merges=1,
-                task_bytes=reading + new_piece(width).nbytes + descending + state_bytes,
-                result_bytes=sample_bytes + streams * state_bytes,
+                task_bytes=reading + new_piece(width).nbytes + descending + state_bytes + 8 * len(units),  # and their order
+                result_bytes=streams * state_bytes,
+                solution_bytes=sample_bytes + streams * state_bytes,  # of who asks for them, whose sample comes first
                 passes=passes,
                 memory=memory,
             )

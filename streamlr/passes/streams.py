@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import repeat
 from typing import TypeVar
 
@@ -18,7 +18,7 @@ from streamlr.passes.order import Order
 from streamlr.passes.pieces import Prepare, new_piece, prepared, unit_reader
 from streamlr.passes.progress import Callback, Share, running_pass, share_of_pass
 from streamlr.passes.shuffle import Piece
-from streamlr.passes.tasks import begin, compute, end, errors_of_graphs
+from streamlr.passes.tasks import begin, compute, end, errors_of_graphs, one_at_a_time
 
 Array = NDArray[np.float64]
 R = TypeVar("R")
@@ -86,11 +86,10 @@ def read_stream(
     stream: int, dataset: Dataset, order: Order, prepare: Prepare, width: int, number: int, use: Use[R], key: str
 ) -> tuple[R, Tally]:
     """Task: give the stretches of one stream of an epoch to `use`."""
-    every = order.units(dataset, number)
-    units = [every[i] for i in range(stream, len(every), order.streams)]
-    capacity = min(order.capacity(dataset, width), sum(unit.stop - unit.start for unit in units))  # streams differ by a unit
-    with share_of_pass(key) as share, one_blas_thread(), np.errstate(all="ignore"):  # what leaves float64 shows in the descent
-        pieces = _pieces(dataset, units, prepare, width, share)
+    units, capacity = order.units(dataset, number), order.capacity(dataset, width)
+    own = (units[i] for i in range(stream, len(units), order.streams))
+    with one_at_a_time(dataset), share_of_pass(key) as share, one_blas_thread(), np.errstate(all="ignore"):
+        pieces = _pieces(dataset, own, prepare, width, share)
         value = use(stretch for stretch, _ in order.stretches(pieces, width, capacity, (number, stream)))
     return value, share.tally
 
@@ -100,7 +99,7 @@ def gather(*parts: tuple[R, Tally]) -> list[tuple[R, Tally]]:
     return list(parts)
 
 
-def _pieces(dataset: Dataset, units: list[Span], prepare: Prepare, width: int, share: Share) -> Iterator[Piece]:
+def _pieces(dataset: Dataset, units: Iterable[Span], prepare: Prepare, width: int, share: Share) -> Iterator[Piece]:
     reader, rooms = unit_reader(dataset), repeat(new_piece(width))
     for number, unit in enumerate(units):
         offset = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -96,6 +97,21 @@ def _computed(lazy: Sequence[Any]) -> Sequence[Any]:
         with worker_client() as client, translated(client):  # this task makes room for theirs, which go where their blocks lie
             return list(dask_compute(*lazy))
     return list(dask_compute(*lazy, **({"scheduler": "sync"} if is_threaded() else {})))
+
+
+@contextmanager
+def one_at_a_time(dataset: Dataset) -> Iterator[None]:
+    """Let only one task of a worker hold memory while it waits for blocks of Dask arrays, for which such a task makes room."""
+    if not is_task() or not any(isinstance(rows, DaskRows) for rows in dataset.arrays):
+        yield
+        return
+    from distributed import worker_client
+
+    with worker_client(), _turn:
+        yield
+
+
+_turn = threading.Lock()
 
 
 def compute(root: Delayed, arrays: Sequence[Rows], key: str, tasks_at_once: int) -> Any:

@@ -100,11 +100,13 @@ class Vetted:
         Of the cluster.
     looks : sequence of (str, str, tuple of str)
         What they must see, from `stores_of` or `seen_by_workers`.
+    packages : sequence of str
+        What they must have in our versions, besides what every pass needs.
     """
 
-    def __init__(self, client: Any, looks: Sequence[Look]) -> None:
-        self._client, self._looks = client, list(looks)
-        self._own = _look_around(self._looks)
+    def __init__(self, client: Any, looks: Sequence[Look], packages: Sequence[str] = ()) -> None:
+        self._client, self._looks, self._packages = client, list(looks), (*MUST_AGREE, *packages)
+        self._own = _look_around(self._looks, self._packages)
         self._vetted: set[str] = set()
 
     def check(self, addresses: Iterable[str]) -> None:
@@ -115,22 +117,21 @@ class Vetted:
         ClusterError
             One has other versions, or does not see a store, or sees a copy of it that differs.
         """
-        new = set(addresses) - self._vetted
-        if new:
-            for address, seen in cluster.run(
-                self._client, cluster.PATIENCE / 2, _look_around, self._looks, workers=sorted(new)
-            ).items():
-                self._judge(address, seen)
-            self._vetted |= new
+        there = set(addresses)
+        self._vetted &= there  # who comes again may be another
+        if new := sorted(there - self._vetted):
+            patience = cluster.PATIENCE / 2
+            answers = cluster.run(self._client, patience, _look_around, self._looks, self._packages, workers=new)
+            self._vetted |= {address for address, seen in answers.items() if self._is_fit(address, seen)}
 
-    def _judge(self, address: str, seen: Any) -> None:
+    def _is_fit(self, address: str, seen: Any) -> bool:
         if isinstance(seen, ModuleNotFoundError):
             raise ClusterError(f"worker {address} cannot import {seen.name!r}; install streamlr {self._own['streamlr']} there")
         if isinstance(seen, OSError):
-            return  # it died just now, and others do its work
+            return False  # it died just now, and others do its work; or it will be asked again
         if isinstance(seen, Exception):
             raise ClusterError(f"worker {address} does not answer ({type(seen).__name__}: {seen}); look at its log")
-        for name in ("Python", *MUST_AGREE):
+        for name in ("Python", *self._packages):
             if seen[name] != self._own[name]:
                 raise ClusterError(
                     f"worker {address} has {name} {seen[name]}, and here is {self._own[name]}: results could have other bits; "
@@ -143,6 +144,7 @@ class Vetted:
                     f"worker {address} on {seen['host']} {fault} {place}; put it on a disk that all workers share, under the same "
                     "path, or in object storage"
                 )
+        return True
 
 
 def stores_of(arrays: Sequence[Rows]) -> list[Look]:
@@ -191,10 +193,10 @@ def _compared(array: zarr.Array[Any]) -> tuple[str, ...]:
     return (f"{prefix}zarr.json", f"{prefix}.zarray", *(key((place, *rest)) for place in places))
 
 
-def _look_around(looks: list[Look]) -> dict[str, Any]:
+def _look_around(looks: list[Look], packages: Sequence[str]) -> dict[str, Any]:
     """Task: tell what is installed here, and what some places look like: nothing for those that are not there or lie elsewhere."""
     found: dict[str, Any] = {"Python": ".".join(platform.python_version_tuple()[:2]), "host": platform.node(), "places": {}}
-    for name in MUST_AGREE:
+    for name in packages:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
