@@ -109,7 +109,7 @@ class Diverged(NumericalError):
 
 
 class ResourceError(StreamlrError, RuntimeError):
-    """Memory, disk or cluster do not suffice."""
+    """Memory, disk, network or cluster do not suffice."""
 
     exit_status = 5
 
@@ -120,6 +120,10 @@ class MemoryLimitExceeded(ResourceError, MemoryError):
 
 class ClusterError(ResourceError):
     """A Dask cluster cannot do the work: it has no workers, they died, or they do not have what they need."""
+
+
+class StoreUnreachable(ConnectionError, ResourceError):
+    """A store at a URL that does not answer, or not to us."""
 
 
 class Cancelled(StreamlrError, RuntimeError):

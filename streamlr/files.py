@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -80,6 +81,8 @@ def publish(target: str | os.PathLike[str], *, overwrite: bool = False, folder: 
 
 def check_output(target: str | os.PathLike[str], *, overwrite: bool, folder: bool = False) -> None:
     """Raise unless `target` may be written: its folder exists, and it is free or something of the same kind to be replaced."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(target)):  # one slash is left of two in a Path
+        raise UsageError(f"cannot write {str(target).split(':')[0]}:// URLs; write to a local disk and copy")
     place = Path(os.path.realpath(target))
     if not place.parent.is_dir():
         raise PathNotFound(f"cannot write {target}: there is no folder {place.parent}; create it first")

@@ -14,15 +14,17 @@ import zarr
 from streamlr.api import plan
 from streamlr.dataset.blocks import Plan, format_bytes
 from streamlr.dataset.codecs import chunk_codec
-from streamlr.dataset.integrity import chunk_key, file_status, local_root, read_seal
-from streamlr.dataset.opening import open_dataset, open_node
+from streamlr.dataset.integrity import Seal, chunk_key, file_status, local_root, read_seal
+from streamlr.dataset.nodes import UNLISTED, arrays_of, is_listed, open_node
+from streamlr.dataset.opening import open_dataset
+from streamlr.dataset.remote import RemoteStore, absent, shown
 from streamlr.dataset.zarr_rows import ZarrRows
 from streamlr.errors import ChunkCorrupt, DataError, StoreIncomplete, StreamlrError, UsageError
 from streamlr.passes.memory import parse_bytes
 from streamlr.passes.progress import Callback
 from streamlr.passes.verify import Problem, verify_chunks
 
-ALL_CHUNKS = 10_000  # up to so many, `inspect` looks at each; beyond, at a sample of SAMPLE
+ALL_CHUNKS = 10_000  # up to so many, `inspect` looks at each; beyond, and at a URL, at a sample of SAMPLE
 SAMPLE = 1_000
 
 
@@ -130,7 +132,7 @@ class ArrayFacts:
     problem: str | None
 
     def __str__(self) -> str:
-        looked = "all" if self.n_looked_at == self.n_stored else f"a sample of {self.n_looked_at:,}"
+        looked = "all" if self.n_looked_at == self.n_stored else f"a sample of {self.n_looked_at:,}" if self.n_looked_at else "none"
         shards = f" in shards {self.shards}" if self.shards else ""
         lines = [
             f"{self.name}: {self.shape} {self.dtype}, {format_bytes(self.decoded_bytes)} decoded, chunks {self.chunks}{shards}",
@@ -157,7 +159,9 @@ def inspect_store(path: str | os.PathLike[str], *, memory_limit: int | str | Non
     """
     if memory_limit is not None:
         parse_bytes(memory_limit)  # a mistake of the caller, not of the store
-    arrays = [_facts(name, array) for name, array in _arrays(open_node(path)).items()]
+    node = open_node(path)
+    sealed = read_seal(node) if isinstance(node, zarr.Group) and not is_listed(node) else None
+    arrays = [_facts(name, array) for name, array in _arrays(node, sealed).items()]
     read, planned, no_plan = {array.name for array in arrays}, None, None
     try:
         dataset = open_dataset(path)
@@ -192,7 +196,7 @@ def verify(path: str | os.PathLike[str], *, memory_limit: int | str | None = Non
     node = open_node(path)
     sealed = read_seal(node) if isinstance(node, zarr.Group) else None
     rows, refused = [], {}
-    for name, array in _arrays(node).items():
+    for name, array in _arrays(node, sealed).items():
         try:
             rows.append(ZarrRows(array, name, checksums=sealed.chunks.get(name) if sealed else None))
         except StoreIncomplete:
@@ -206,29 +210,22 @@ def verify(path: str | os.PathLike[str], *, memory_limit: int | str | None = Non
     return Verified(count, problems, {name: str(error) for name, error in refused.items()}, unchecked)
 
 
-def _arrays(node: zarr.Group | zarr.Array[Any]) -> dict[str, zarr.Array[Any]]:
-    return dict(sorted(node.arrays())) if isinstance(node, zarr.Group) else {node.basename or "X": node}
+def _arrays(node: zarr.Group | zarr.Array[Any], sealed: Seal | None) -> dict[str, zarr.Array[Any]]:
+    if sealed is None and not is_listed(node):
+        raise UsageError(f"not all arrays of {shown(node.store_path)} can be found: {UNLISTED}; or give the URL of one array")
+    return arrays_of(node, sealed.chunks if sealed is not None else ())
 
 
 def _facts(name: str, array: zarr.Array[Any]) -> ArrayFacts:
     piece = array.shards or array.chunks
     grid = [-(-length // size) for length, size in zip(array.shape, piece, strict=True)]
     n_stored = prod(grid)
-    root = local_root(array)
     chosen: list[int] = []
-    if root is not None:
-        generator = random.Random(0)
-        chosen = list(range(n_stored)) if n_stored <= ALL_CHUNKS else [0, n_stored - 1]
-        chosen += [generator.randrange(n_stored) for _ in range(SAMPLE - 2)] if n_stored > ALL_CHUNKS else []
-    missing = 0
-    if root is not None:
-        for number in chosen:
-            position = tuple(map(int, np.unravel_index(number, grid)))
-            try:
-                status = file_status(root / chunk_key(array, position), name)
-            except ChunkCorrupt:  # something else stands where the chunk should be
-                status = None
-            missing += status is None or status.st_size == 0
+    if local_root(array) is not None or isinstance(array.store, RemoteStore):
+        generator, most = random.Random(0), ALL_CHUNKS if local_root(array) is not None else SAMPLE
+        chosen = list(range(n_stored)) if n_stored <= most else [0, n_stored - 1]
+        chosen += [generator.randrange(n_stored) for _ in range(SAMPLE - 2)] if n_stored > most else []
+    missing = _n_missing(array, name, [tuple(map(int, np.unravel_index(number, grid))) for number in chosen])
     problem, checksums = None, False
     try:
         codec = chunk_codec(ZarrRows(array, name).array)
@@ -239,3 +236,18 @@ def _facts(name: str, array: zarr.Array[Any]) -> ArrayFacts:
     return ArrayFacts(
         name, array.shape, str(array.dtype), array.chunks, array.shards, n_stored, len(chosen), missing, decoded, checksums, problem
     )
+
+
+def _n_missing(array: zarr.Array[Any], name: str, positions: list[tuple[int, ...]]) -> int:
+    if isinstance(array.store, RemoteStore):
+        return absent(array.store, [chunk_key(array, position) for position in positions])
+    root, missing = local_root(array), 0
+    if root is None:
+        return 0
+    for position in positions:
+        try:
+            status = file_status(root / chunk_key(array, position), name)
+        except ChunkCorrupt:  # something else stands where the chunk should be
+            status = None
+        missing += status is None or status.st_size == 0
+    return missing

@@ -15,6 +15,7 @@ from streamlr.dataset.buffers import Buffer
 TILE_BYTES = 6 * 2**20
 MIN_SPAN_BYTES = 16 * 2**20
 MAX_SPAN_BYTES = 256 * 2**20
+WAITING_SPAN_BYTES = 256 * 2**20  # from a store with latency, which the first chunks of each span wait for
 SPANS_PER_WORKER = 8  # so that the last spans balance the cores
 MAX_SPANS = 7_500  # with the merges, four at a time: 10,000 tasks
 
@@ -106,7 +107,16 @@ def tile_edges(start: int, stop: int, rows: int) -> list[Span]:
     return [Span(a, b) for a, b in itertools.pairwise(edges) if a < b]
 
 
-def spans(n_rows: int, row_bytes: int, *, tile: int, chunks: Sequence[int], workers: int, whole_tiles: bool) -> list[Span]:
+def spans(
+    n_rows: int,
+    row_bytes: int,
+    *,
+    tile: int,
+    chunks: Sequence[int],
+    workers: int,
+    whole_tiles: bool,
+    waiting: bool = False,
+) -> list[Span]:
     """Cut the rows into spans: few enough to schedule, enough to balance, ending where chunks end.
 
     Parameters
@@ -123,6 +133,8 @@ def spans(n_rows: int, row_bytes: int, *, tile: int, chunks: Sequence[int], work
     whole_tiles : bool
         Cut at power-of-two numbers of tiles instead, so that a span leaves one node of the merge tree; for many columns,
         where open nodes cost more than decoding a chunk at the edge twice.
+    waiting : bool
+        Prefer longer spans, as long as each worker has two: chunks are asked for ahead, but not before their span begins.
 
     Examples
     --------
@@ -131,6 +143,8 @@ def spans(n_rows: int, row_bytes: int, *, tile: int, chunks: Sequence[int], work
     """
     total = n_rows * row_bytes
     wanted = min(max(total // (workers * SPANS_PER_WORKER), MIN_SPAN_BYTES), MAX_SPAN_BYTES)
+    if waiting:
+        wanted = max(wanted, min(total // (2 * workers), WAITING_SPAN_BYTES))
     wanted_rows = max(wanted // max(row_bytes, 1), -(-n_rows // MAX_SPANS), 1)
     if whole_tiles:
         rows = tile * 2 ** max(math.ceil(math.log2(wanted_rows / tile)), 0)

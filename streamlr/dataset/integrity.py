@@ -25,7 +25,9 @@ from zarr.codecs import Crc32cCodec
 from zarr.core.sync import sync  # stores are bound to zarr's own event loop, and this is the way in
 from zarr.storage import FsspecStore, LocalStore
 
-from streamlr.errors import ChunkCorrupt, ChunkMissing, StoreChanged, StoreIncomplete
+from streamlr.dataset.nodes import arrays_of
+from streamlr.dataset.remote import shown
+from streamlr.errors import ChunkCorrupt, ChunkMissing, StoreChanged, StoreIncomplete, StoreUnreachable
 from streamlr.files import digest
 
 ATTRIBUTE = "streamlr"
@@ -104,7 +106,7 @@ def read_seal(group: zarr.Group) -> Seal | None:
     stated = group.attrs.asdict().get(ATTRIBUTE)
     if stated is None:
         return None
-    where = f"the store {group.store_path}"
+    where = f"the store {shown(group.store_path)}"
     if not isinstance(stated, dict) or not stated.get("complete"):
         raise StoreIncomplete(f"{where} was never finished: its writer was interrupted; delete it and write it again")
     content = {key: value for key, value in stated.items() if key not in ("digest", "complete")}
@@ -112,11 +114,11 @@ def read_seal(group: zarr.Group) -> Seal | None:
         raise StoreIncomplete(f"{where} has format version {content.get('version')}; this release reads up to {VERSION}")
     if stated.get("digest") != digest(content):
         raise StoreIncomplete(f"the manifest of {where} was altered after it was written; write the store again")
-    arrays = dict(group.arrays())
+    arrays = arrays_of(group, content["metadata"])
     for name, expected in content["metadata"].items():
         if name not in arrays:
             raise StoreIncomplete(f"{where} has lost its array {name!r}; write the store again")
-        if _metadata_digest(arrays[name]) != expected:
+        if digest(_document(arrays[name])) != expected:
             raise StoreIncomplete(
                 f"the metadata of array {name!r} in {where} (shape, dtype, chunks or codecs) were altered after it was written; "
                 "restore its zarr.json or write the store again"
@@ -221,16 +223,21 @@ def file_statuses(array: zarr.Array[Any], label: str, root: Path) -> Iterator[tu
 
 def check_current(array: zarr.Array[Any], label: str) -> None:
     """Raise `StoreChanged` unless the metadata of `array` are what they were when it was opened."""
+    where = shown(array.store_path)
     try:
-        stored = zarr.open_array(array.store_path)
+        stored = zarr.open_array(array.store_path, zarr_format=array.metadata.zarr_format)
+    except (ConnectionError, TimeoutError) as error:
+        raise StoreUnreachable(
+            f"the metadata of array {label!r} at {where} cannot be read any more: {error}; check network and server, and try again"
+        ) from error
     except Exception as error:  # metadata that are gone or do not parse raise whatever the store or the parser raises
         raise StoreChanged(
-            f"the metadata of array {label!r} at {array.store_path} cannot be read any more ({error}); is the store still mounted? "
+            f"the metadata of array {label!r} at {where} cannot be read any more ({error}); is the store still mounted? "
             "open it again"
         ) from error
     if _canonical(stored) != _canonical(array):
         raise StoreChanged(
-            f"array {label!r} at {array.store_path} is not what it was when it was opened (shape {array.shape}, now "
+            f"array {label!r} at {where} is not what it was when it was opened (shape {array.shape}, now "
             f"{stored.shape}, or dtype, chunks, codecs): a writer changed it; wait until the writer has finished, and open it again"
         )
 
@@ -280,7 +287,7 @@ def _missing(array: zarr.Array[Any], label: str, position: tuple[int, ...], reme
     if root is not None and not (root / array.path).is_dir():
         return ChunkMissing(f"the store {root} of array {label!r} is gone; is it still mounted?")
     return ChunkMissing(
-        f"{describe_chunk(array, label, position, shard=array.shards is not None)} is missing from {array.store_path}, "
+        f"{describe_chunk(array, label, position, shard=array.shards is not None)} is missing from {shown(array.store_path)}, "
         f"or empty; restore it, {remedy}"
     )
 
@@ -294,14 +301,22 @@ def _canonical(array: zarr.Array[Any]) -> dict[str, Any]:
 
 
 def _metadata_digest(array: zarr.Array[Any]) -> str:
-    """Digest the metadata document as stored, so that an edit on disk shows even where zarr would not mind it."""
-    root = local_root(array)
-    if root is None:
-        return digest(_canonical(array))
-    name = "zarr.json" if array.metadata.zarr_format == 3 else ".zarray"
-    document = json.loads((root / array.path / name).read_bytes())
+    """Digest the metadata document: as it is on a local disk; elsewhere, where it takes a while to arrive, as when opened."""
+    return digest(_canonical(array) if local_root(array) is None else _document(array))
+
+
+def _document(array: zarr.Array[Any]) -> dict[str, Any]:
+    """Return the metadata document as stored, so that an edit of it shows even where zarr would not mind, without attributes."""
+    root, name = local_root(array), "zarr.json" if array.metadata.zarr_format == 3 else ".zarray"
+    if root is not None:
+        stored = (root / array.path / name).read_bytes()
+    elif (found := sync((array.store_path / name).get())) is not None:
+        stored = found.to_bytes()
+    else:
+        raise StoreIncomplete(f"the metadata of array {array.name!r} are gone from {shown(array.store_path)}; restore its {name}")
+    document: dict[str, Any] = json.loads(stored)
     document.pop("attributes", None)
-    return digest(document)
+    return document
 
 
 def _stored_checksums(array: zarr.Array[Any]) -> Iterator[bytes]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import zarr
@@ -12,11 +11,11 @@ from zarr.abc.store import Store
 
 from streamlr.dataset.dataset import MISSING_POLICIES, Dataset, default_names
 from streamlr.dataset.integrity import Seal, read_seal
+from streamlr.dataset.nodes import UNLISTED, arrays_of, is_listed, open_node
+from streamlr.dataset.remote import shown
 from streamlr.dataset.rows import Rows
 from streamlr.dataset.zarr_rows import ZarrRows, check_array
-from streamlr.errors import DataError, PathNotFound, StoreIncomplete, UsageError
-
-TABLES = (".csv", ".csv.gz", ".csv.zip", ".parquet", ".tsv")
+from streamlr.errors import UsageError
 
 
 def open_dataset(
@@ -32,8 +31,10 @@ def open_dataset(
 
     Parameters
     ----------
-    source : path, zarr.Group, zarr.Array or zarr store
-        Where the arrays are.
+    source : path, URL, zarr.Group, zarr.Array or zarr store
+        Where the arrays are. URLs (`http://`, `https://`, `s3://`, `gs://`, `az://`) need `pip install 'streamlr[remote]'`;
+        credentials come from the environment, and a URL that carries some is refused. A web server lists nothing: there the arrays
+        are those of the group's consolidated metadata, else those that are named, X, y and weights.
     target : str or sequence of str, optional
         Name(s) of the target: a 1-D or 2-D array, or columns of a 2-D array. By default what the store's own attributes say, else
         an array named `y`, else none: enough to predict.
@@ -55,7 +56,9 @@ def open_dataset(
     Raises
     ------
     PathNotFound
-        Nothing is at the path.
+        Nothing is at the path or URL.
+    StoreUnreachable
+        What is at the URL does not answer, or refuses to.
     UsageError
         An option is not one of those allowed, or a name is not in the store; the message lists those that are.
     DataError
@@ -73,7 +76,8 @@ def open_dataset(
         raise UsageError(f"missing is {missing!r}; allowed are 'error' and 'drop'")
     node = open_node(source)
     sealed = read_seal(node) if isinstance(node, zarr.Group) else None
-    catalogue = _Catalogue(node, sealed, allow_missing_chunks)
+    asked = [name for names in (target, features, weights) for name in ([names] if isinstance(names, str) else names or ())]
+    catalogue = _Catalogue(node, sealed, allow_missing_chunks, asked)
     target_rows, target_names = catalogue.targets(target)
     weight_rows = catalogue.weights(weights)
     taken = {*target_names, *([weights] if weights else [])}
@@ -82,50 +86,23 @@ def open_dataset(
     return Dataset.of_rows(feature_rows, target_rows, weight_rows, feature_names, target_names, missing=missing, coding=coding)
 
 
-def open_node(source: Any) -> zarr.Group | zarr.Array[Any]:
-    """Open a zarr array or group for reading, or raise an error that names the path."""
-    if isinstance(source, zarr.Group | zarr.Array):
-        return source
-    if not isinstance(source, str | os.PathLike | Store):
-        raise UsageError(
-            f"the data are a {type(source).__name__}; allowed are a path, a zarr array, group or store (or use Dataset)"
-        )
-    where = source if isinstance(source, Store) or "://" in str(source) else Path(source)
-    if isinstance(where, Path):
-        if not where.exists():
-            raise PathNotFound(f"nothing is at {where}; check the path")
-        if where.name.lower().endswith(TABLES):
-            raise UsageError(f"{where} is a table, not a zarr store; make one of it with `streamlr ingest {where.name} DEST.zarr`")
-    try:
-        return zarr.open(where if isinstance(where, Store) else str(where), mode="r")
-    except FileNotFoundError as error:
-        raise UsageError(f"{source} is no zarr array or group: it holds no zarr.json, .zarray or .zgroup") from error
-    except OSError as error:
-        raise DataError(f"{source} cannot be read: {error}") from error
-    except ImportError as error:  # fsspec's own, which says less than the one that it wraps
-        package = (error.name or getattr(error.__cause__, "name", None) or "fsspec").split(".")[0]
-        raise UsageError(f"reading {source} needs a package that is not installed ({error}); pip install {package}") from error
-    except Exception as error:  # metadata that do not parse raise whatever their parser raises
-        raise StoreIncomplete(f"the metadata of {source} cannot be understood ({error}); restore its zarr.json") from error
-
-
 class _Catalogue:
     """Every array and every named column of a store, by name."""
 
-    def __init__(self, node: zarr.Group | zarr.Array[Any], sealed: Seal | None, allow_missing: bool) -> None:
-        self.where = str(node.store_path)
+    def __init__(self, node: zarr.Group | zarr.Array[Any], sealed: Seal | None, allow_missing: bool, asked: Sequence[str]) -> None:
+        self.where = shown(node.store_path)
         self.sealed = sealed
         self.allow_missing = allow_missing
         self.grouped = isinstance(node, zarr.Group)
-        try:
-            found = dict(sorted(node.arrays())) if isinstance(node, zarr.Group) else {node.basename or "X": node}
-        except Exception as error:  # as in open_node
-            raise StoreIncomplete(
-                f"the metadata of an array in {self.where} cannot be understood ({error}); restore its zarr.json"
-            ) from error
+        self.complete = is_listed(node) or sealed is not None
+        found = arrays_of(node, [*asked, *(sealed.chunks if sealed is not None else ())])
         self.arrays = found
         if not found:
-            raise UsageError(f"{self.where} is a group without arrays; give the path of the group or array that holds the rows")
+            fault = (
+                "is a group without arrays" if self.complete else "has none of the arrays X, y and weights, nor any that was named"
+            )
+            remedy = "give the path of the group or array that holds the rows"
+            raise UsageError(f"{self.where} {fault}; {remedy if self.complete else UNLISTED}")
         attributes = node.attrs.asdict() if isinstance(node, zarr.Group) else {}
         self.columns: dict[str, list[tuple[str, int]]] = {}
         self.column_names: dict[str, tuple[str, ...]] = {}
@@ -218,7 +195,7 @@ class _Catalogue:
         arrays = ", ".join(f"{name} {array.shape}" for name, array in self.arrays.items())
         named = [column for names in self.column_names.values() for column in names]
         columns = f"; columns: {', '.join(named[:20])}{', ...' if len(named) > 20 else ''}" if named else ""
-        return f"it has the arrays {arrays}{columns}"
+        return f"it has the arrays {arrays}{columns}" + ("" if self.complete else f", and perhaps others ({UNLISTED})")
 
 
 def _joined(rows: list[Rows]) -> list[Rows]:

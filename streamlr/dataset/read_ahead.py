@@ -13,7 +13,9 @@ from zarr.core.sync import sync  # stores are bound to zarr's own event loop, an
 
 REQUESTS = 64  # under way at once for one reader: latency is shared by so many
 HANDOVERS = 4  # in which those are asked for, and answered: the way to the loop and back costs as much as a small chunk
-AHEAD_BYTES = 16 * 2**20  # of chunks; at 50 ms it is 300 MB/s. Of larger chunks one is fetched while another is decoded
+AHEAD_BYTES = (
+    64 * 2**20
+)  # of chunks; at 50 ms, and as long to arrive, 600 MB/s. Of larger chunks one is fetched while another is decoded
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -29,7 +31,7 @@ def chunks_ahead(chunk_bytes: int) -> int:
     Examples
     --------
     >>> chunks_ahead(65_536), chunks_ahead(5_000_000), chunks_ahead(52_428_800)
-    (64, 3, 1)
+    (64, 13, 1)
     """
     return min(max(AHEAD_BYTES // chunk_bytes, 1), REQUESTS)
 

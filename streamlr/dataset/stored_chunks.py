@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterable
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -23,8 +24,9 @@ from streamlr.dataset.codecs import ABSENT, ShardIndex, check_memory, shard_inde
 from streamlr.dataset.files_ahead import Files
 from streamlr.dataset.integrity import CHECKSUM_BYTES, chunk_keys, describe_chunk, local_root
 from streamlr.dataset.read_ahead import Question, ReadAhead, chunks_ahead
+from streamlr.dataset.remote import shown
 from streamlr.dataset.synchronous import SynchronousStore, answers_at_once, plain_bytes
-from streamlr.errors import ChunkCorrupt, ChunkMissing, DataError
+from streamlr.errors import ChunkCorrupt, ChunkMissing, DataError, StoreUnreachable, StreamlrError
 
 PAUSES = (0.1, 0.5)  # seconds before a failed read is tried again: networks and network disks fail for a moment
 Position = tuple[int, ...]
@@ -165,15 +167,27 @@ class StoredChunks:
                 return answer
             except (FileNotFoundError, NotADirectoryError):
                 return None
+            except StreamlrError:  # of a store of ours, which says what to do
+                raise
             except Exception as error:  # remote stores raise what their clients raise
                 check_memory(error, f"{key!r} of array {self.label!r}", self._nbytes)
                 pause = next(pauses, None)
                 if pause is None or isinstance(error, PermissionError | IsADirectoryError):
-                    raise ChunkCorrupt(
-                        f"{key!r} of array {self.label!r} in {self.array.store} cannot be read: {error}; "
-                        "check disk, network and permissions"
-                    ) from error
+                    raise self._unreadable(key, error) from error
                 time.sleep(pause)
+
+    def _unreadable(self, key: str, error: Exception) -> StreamlrError:
+        """Tell a chunk that cannot be read from a store of which nothing can be read any more."""
+        what = f"{key!r} of array {self.label!r} in {shown(self.array.store)} cannot be read: {shown(error)}"
+        if isinstance(error, ConnectionError | TimeoutError) and not self._store_answers():
+            return StoreUnreachable(f"{what}; nor can its metadata: check network and server, and run it again")
+        return ChunkCorrupt(f"{what}; check disk, network and permissions")
+
+    def _store_answers(self) -> bool:
+        name = "zarr.json" if self.array.metadata.zarr_format == 3 else ".zarray"
+        with suppress(Exception):  # remote stores raise what their clients raise
+            return sync((self.array.store_path / name).get()) is not None
+        return False
 
     async def _ask(self, key: str, request: ByteRequest | None) -> Answer:
         try:

@@ -19,6 +19,7 @@ from streamlr.dataset.buffers import Buffer
 from streamlr.dataset.codecs import KNOWN_V2, ChunkCodec, ZarrCodec, check_memory, chunk_codec
 from streamlr.dataset.integrity import array_fingerprint, check_current, local_root
 from streamlr.dataset.read_ahead import chunks_ahead
+from streamlr.dataset.remote import shown
 from streamlr.dataset.rows import as_float64, check_dtype
 from streamlr.dataset.stored_chunks import StoredChunks, is_asked_ahead
 from streamlr.errors import ChunkMissing, DataError, StoreChanged, StoreIncomplete, UnsupportedDtype
@@ -112,6 +113,11 @@ class ZarrRows:
         return len(self.column_chunks) * width * self.dtype.itemsize
 
     @property
+    def are_asked_ahead(self) -> bool:
+        """Whether chunks are asked for before they are wanted, since they come from a store with latency."""
+        return is_asked_ahead(self.array)
+
+    @property
     def reader_bytes(self) -> int:
         """All column chunks of one row of chunks, decoded, one of them stored, and what zarr copies where it decodes.
 
@@ -119,7 +125,7 @@ class ZarrRows:
         """
         decoded = self.array.chunks[0] * self.row_bytes
         one = decoded // len(self.column_chunks)
-        stored = one + one * chunks_ahead(one) if is_asked_ahead(self.array) else one
+        stored = one + one * chunks_ahead(one) if self.are_asked_ahead else one
         return decoded + stored if chunk_codec(self.array) is not None else 2 * decoded + stored
 
     def reader(self) -> ZarrReader:
@@ -251,7 +257,8 @@ class ZarrReader:
         root = local_root(self.rows.array)
         if root is not None and not (root / self.rows.array.path).is_dir():
             return f"the store {root} is gone while array {self.rows.label!r} was being read; is it still mounted?"
-        return f"{self._stored.describe(position)} is missing from {self.rows.array.store_path}; restore it, {self.rows.remedy}"
+        where = shown(self.rows.array.store_path)
+        return f"{self._stored.describe(position)} is missing from {where}; restore it, {self.rows.remedy}"
 
 
 def check_array(array: zarr.Array[Any], label: str) -> None:

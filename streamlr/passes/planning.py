@@ -9,6 +9,7 @@ from streamlr.aggregates.tree import Statistic, open_nodes
 from streamlr.dataset.blocks import Plan, Span, format_bytes, spans, tile_rows
 from streamlr.dataset.dask_rows import DaskRows
 from streamlr.dataset.dataset import Dataset
+from streamlr.dataset.zarr_rows import ZarrRows
 from streamlr.errors import MemoryLimitExceeded
 from streamlr.passes.memory import memory_in_use, memory_limit
 from streamlr.passes.schedulers import active_client, worker_count
@@ -71,6 +72,7 @@ def draft_pass(
             chunks=chunks,
             workers=tasks_together(),
             whole_tiles=whole_tiles,
+            waiting=is_waited_for(dataset),
         )
     tiles = -(-max(span.stop - span.start for span in cut) // tile) + 1
     nodes = 1 if whole_tiles and not lazy else open_nodes(tiles)
@@ -181,6 +183,11 @@ def draft_plan(
         limit_bytes=limit,
         limit_source=source,
     )
+
+
+def is_waited_for(dataset: Dataset) -> bool:
+    """Whether some of the rows come from a store with latency."""
+    return any(isinstance(rows, ZarrRows) and rows.are_asked_ahead for rows in dataset.arrays)
 
 
 def tasks_together() -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from dask.delayed import Delayed, delayed
 
-from streamlr.dataset.blocks import MAX_SPANS, MIN_SPAN_BYTES, Span, format_bytes
+from streamlr.dataset.blocks import MAX_SPANS, MIN_SPAN_BYTES, WAITING_SPAN_BYTES, Span, format_bytes
 from streamlr.dataset.tally import Tally
 from streamlr.dataset.zarr_rows import ZarrRows
 from streamlr.errors import DataError, MemoryLimitExceeded
@@ -63,6 +63,8 @@ def verify_chunks(
     total_bytes = sum(rows.n_rows * rows.row_bytes for rows in arrays)
     span_bytes = max(MIN_SPAN_BYTES, -(-total_bytes // MAX_SPANS))
     at_once = _tasks_at_once(arrays, memory)
+    if any(rows.are_asked_ahead for rows in arrays):
+        span_bytes = max(span_bytes, min(total_bytes // (2 * at_once), WAITING_SPAN_BYTES))
     with running_pass("verify", total, total_bytes // max(total, 1), progress) as key:
         tasks: list[Delayed] = []
         for rows in arrays:
@@ -107,12 +109,16 @@ def check_rows_of_chunks(rows: ZarrRows, row_chunks: Span, key: str) -> tuple[in
     count = 0
     problems: list[Problem] = []
     with share_of_pass(key) as share:
-        for position in rows.positions(row_chunks.start, row_chunks.stop):
-            count += 1
-            try:
-                reader.chunk(position)
-            except DataError as error:
-                problems.append(Problem(rows.label, ".".join(map(str, position)), type(error).__name__, str(error)))
-            if position[1:] in ((), (0,)):
-                share.note(Tally(rows=min(height, rows.n_rows - position[0] * height)))
+        reader.expect(row_chunks.start * height, min(row_chunks.stop * height, rows.n_rows))
+        try:
+            for position in rows.positions(row_chunks.start, row_chunks.stop):
+                count += 1
+                try:
+                    reader.chunk(position)
+                except DataError as error:
+                    problems.append(Problem(rows.label, ".".join(map(str, position)), type(error).__name__, str(error)))
+                if position[1:] in ((), (0,)):
+                    share.note(Tally(rows=min(height, rows.n_rows - position[0] * height)))
+        finally:
+            reader.expect(0, 0)  # an error leaves no request behind
     return count, problems

@@ -23,7 +23,7 @@ from streamlr.dataset.zarr_rows import ZarrRows
 from streamlr.errors import UsageError
 from streamlr.files import check_output, publish
 from streamlr.passes.memory import one_blas_thread
-from streamlr.passes.planning import make_plan, tasks_together
+from streamlr.passes.planning import is_waited_for, make_plan, tasks_together
 from streamlr.passes.progress import Callback, running_pass, share_of_pass
 from streamlr.passes.tasks import begin, blocks_of, compute, end, errors_of_graphs, span_tasks
 
@@ -141,7 +141,8 @@ def _plan(dataset: Dataset, name: str, chunk: int, n_columns: int, memory: int |
     if any(isinstance(rows, DaskRows) for rows in dataset.arrays):
         cut = [Span(start, min(start + chunk, n)) for start in range(0, n, chunk)]
     else:
-        tile = dataset.tile_rows
-        cut = spans(n, dataset.row_bytes, tile=tile, chunks=[chunk], workers=tasks_together(), whole_tiles=False)
+        tile, waiting = dataset.tile_rows, is_waited_for(dataset)
+        workers = tasks_together()
+        cut = spans(n, dataset.row_bytes, tile=tile, chunks=[chunk], workers=workers, whole_tiles=False, waiting=waiting)
     task_bytes = dataset.reader_bytes + 3 * chunk * n_columns * 8  # the buffer, zarr's copy of it, and its compressed bytes
     return make_plan(dataset, cut, task=name, merges=0, task_bytes=task_bytes, result_bytes=0, memory=memory), cut

@@ -522,18 +522,24 @@ class TestOpening:
         with pytest.raises(StreamlrError, match=r"a\.bin"):
             streamlr.open_dataset(tmp_path / "a.bin")
 
-    @pytest.mark.parametrize(("url", "absent"), [("s3://bucket/a.zarr", "s3fs"), ("gs://bucket/a.zarr", "gcsfs")])
-    def test_package_that_is_not_installed(self, monkeypatch, url, absent):
-        pytest.importorskip("fsspec")
-        monkeypatch.setitem(sys.modules, absent, None)
-        with pytest.raises(UsageError, match=f"{url}.*pip install {absent}"):
+    @pytest.mark.parametrize("url", ["http://127.0.0.1:1/a.zarr", "s3://bucket/a.zarr", "gs://bucket/a.zarr"])
+    def test_package_that_is_not_installed(self, monkeypatch, url):
+        for module in ("obstore", "obstore.store"):
+            monkeypatch.setitem(sys.modules, module, None)
+        with pytest.raises(UsageError, match=rf"{url}.*pip install 'streamlr\[remote\]'"):
             streamlr.open_dataset(url)
 
-    def test_package_that_reads_any_url_is_not_installed(self, monkeypatch):
+    def test_package_that_reads_an_unusual_url_is_not_installed(self, monkeypatch):
+        pytest.importorskip("fsspec")
+        monkeypatch.setitem(sys.modules, "smbclient", None)
+        with pytest.raises(UsageError, match=r"smb://host/a\.zarr.*pip install smbclient"):
+            streamlr.open_dataset("smb://host/a.zarr")
+
+    def test_package_that_reads_unusual_urls_is_not_installed(self, monkeypatch):
         for module in [name for name in sys.modules if name.split(".")[0] == "fsspec"] + ["fsspec"]:
             monkeypatch.setitem(sys.modules, module, None)
         with pytest.raises(UsageError, match="pip install fsspec"):
-            streamlr.open_dataset("s3://bucket/a.zarr")
+            streamlr.open_dataset("smb://host/a.zarr")
 
     @pytest.mark.parametrize("target", [["y", "y"], ["x1", "x0", "x1"]])
     def test_target_named_twice(self, store, target):
