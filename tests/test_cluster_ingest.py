@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from streamlr.dataset.ingest import ingest
-from streamlr.errors import BadCell, ClusterError, DataError, NoRows, StoreChanged, UnknownLevel
+from streamlr.errors import (
+    BadCell,
+    Cancelled,
+    ClusterError,
+    DataError,
+    MemoryLimitExceeded,
+    NoRows,
+    StoreChanged,
+    UnknownLevel,
+)
 from streamlr.inspection import verify
 from streamlr.passes.ingestion import OnWorkers, active_reading
 
@@ -219,6 +229,27 @@ def test_a_file_that_workers_do_not_see(client, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ClusterError, match=r"does not see /proc/self/cwd/part-000\.csv; put it on a disk"):
         ingest([f"/proc/self/cwd/{path.name}" for path in paths], "/tmp/never.zarr", reading=OnWorkers(client), formula=FORMULA)
+
+
+def test_chunks_that_are_too_much_for_a_worker_are_refused(client, tmp_path):
+    paths = written(tmp_path, lines(300), [100, 200])
+    with pytest.raises(MemoryLimitExceeded, match=r"chunks of 1\.\d GB.*800\.0 MB.*--rows-per-chunk"):
+        ingest(paths, tmp_path / "out.zarr", reading=OnWorkers(client), target="y", features="a", rows_per_chunk=80_000_000)
+
+
+def test_what_was_given_up_does_not_come_again(client, tmp_path):
+    """A worker that hears too late writes nothing where the store was."""
+    paths = written(tmp_path, lines(300), [100, 200])
+
+    class Removed(OnWorkers):
+        def _on_each(self, stage: str, *arguments: Any) -> Any:
+            if stage == "rows":
+                shutil.rmtree(arguments[-1] / "X")
+            return super()._on_each(stage, *arguments)
+
+    with pytest.raises(Cancelled, match="was removed while it was written"):
+        ingest(paths, tmp_path / "out.zarr", reading=Removed(client), formula=FORMULA)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["part-000.csv", "part-001.csv"]
 
 
 def test_command_line(tmp_path):

@@ -96,8 +96,17 @@ class RowStoreWriter:
         if first_row is None:
             self._group = zarr.create_group(str(self._path), zarr_format=3, attributes={ATTRIBUTE: {"complete": False}})
         else:
-            self._group, self.n_rows = zarr.open_group(str(self._path), mode="r"), first_row
-            self._arrays = {name: self._array(name) for name in shapes}
+            self.n_rows = first_row
+            try:
+                self._group = zarr.open_group(str(self._path), mode="r")
+                self._arrays = {name: self._array(name) for name in shapes}
+            except (FileNotFoundError, KeyError) as error:
+                raise self._removed() from error
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of a chunk of every array."""
+        return sum(buffer[: self.rows_per_chunk].nbytes for buffer in self._buffers.values())
 
     def append(
         self, x: NDArray[np.float64], y: NDArray[np.float64] | None = None, weights: NDArray[np.float64] | None = None
@@ -232,7 +241,10 @@ class RowStoreWriter:
         try:
             folder.mkdir(exist_ok=True)
         except FileNotFoundError as error:
-            raise Cancelled(f"{self._path} was removed while it was written; nothing is left of it") from error
+            raise self._removed() from error
+
+    def _removed(self) -> Cancelled:
+        return Cancelled(f"{self._path} was removed while it was written; nothing is left of it")
 
     def _create(self, name: str, shape: tuple[int, ...]) -> zarr.Array[Any]:
         array: zarr.Array[Any] = self._group.create_array(

@@ -10,19 +10,21 @@ from typing import Any
 
 from dask.delayed import delayed
 
+from streamlr.dataset.blocks import format_bytes
 from streamlr.dataset.row_store import RowStoreWriter
 from streamlr.dataset.table_rows import Reading, TableRows
-from streamlr.dataset.tables.batches import Batch, Table
+from streamlr.dataset.tables.batches import BLOCK_BYTES, Batch, Table
 from streamlr.dataset.tables.levels import Progress, check_levels, levels_in, sort_levels
 from streamlr.dataset.tables.missing import Missing, RowCounts, check_rows_left, kept_rows
 from streamlr.dataset.tally import Tally
-from streamlr.errors import StoreChanged, StreamlrError
+from streamlr.errors import MemoryLimitExceeded, StoreChanged, StreamlrError
 from streamlr.passes.cluster import run_on
 from streamlr.passes.progress import find_pass, running_pass, share_of_pass
 from streamlr.passes.schedulers import active_client
-from streamlr.passes.workers import Vetted, seen_by_workers
+from streamlr.passes.workers import Vetted, seen_by_workers, workers_of
 
 PARSERS = ("pyarrow", "google-crc32c")  # what a store holds rests on them too
+CHUNKS_HELD, BLOCKS_HELD = 3, 4  # by a task that writes: one is filled, one is written, and compressed; some are parsed ahead
 Counted = tuple[dict[str, set[str]], RowCounts]
 
 
@@ -74,6 +76,7 @@ class OnWorkers:
         check_rows_left(tables, total)
         writer = rows.writer(path, rows_per_chunk)
         writer.share(total.kept)
+        self._check_memory(writer.chunk_bytes)
         height, kept = writer.rows_per_chunk, [one.kept for one in counts]
         ends = list(accumulate(kept))
         parts = []
@@ -93,6 +96,19 @@ class OnWorkers:
         for left in path.glob("*/c/**/.*"):  # by a worker that was killed
             left.unlink(missing_ok=True)
         return writer, total
+
+    def _check_memory(self, chunk_bytes: int) -> None:
+        """Raise `MemoryLimitExceeded` where tasks that write chunks of this size would be too much for a worker."""
+        workers = workers_of(self._client)
+        limit, source = workers.memory_limit(None)
+        task = CHUNKS_HELD * chunk_bytes + BLOCKS_HELD * BLOCK_BYTES
+        needed = workers.used_bytes + workers.together * task
+        if needed > limit:
+            raise MemoryLimitExceeded(
+                f"the {workers.together} task(s) that a worker runs at once need {format_bytes(needed)}, {format_bytes(task)} each "
+                f"for chunks of {format_bytes(chunk_bytes)} and what is read, and the limit is {format_bytes(limit)} ({source}); "
+                "give chunks fewer rows (--rows-per-chunk), or workers more memory or fewer threads"
+            )
 
     def _on_each(
         self,

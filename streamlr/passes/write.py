@@ -20,7 +20,7 @@ from streamlr.dataset.integrity import array_fingerprint, local_root
 from streamlr.dataset.rows import MemoryRows
 from streamlr.dataset.tally import Tally
 from streamlr.dataset.zarr_rows import ZarrRows
-from streamlr.errors import UsageError
+from streamlr.errors import Cancelled, UsageError
 from streamlr.files import check_output, publish
 from streamlr.passes.memory import one_blas_thread
 from streamlr.passes.planning import is_waited_for, make_plan, tasks_together
@@ -119,7 +119,7 @@ def write_span(dataset: Dataset, span: Span, function: Function, array: zarr.Arr
     """Task: write the rows of one span, which starts where a chunk of the output starts, chunk by chunk."""
     chunk = array.chunks[0]
     buffer = np.empty((min(chunk, span.stop - span.start), *array.shape[1:]))
-    flat = buffer.reshape(len(buffer), -1)
+    flat, root = buffer.reshape(len(buffer), -1), local_root(array)
     with share_of_pass(key) as share, one_blas_thread():  # given back before the pass hears that the task is done
         for block in blocks_of(dataset, span, share, tile_rows(dataset.n_features, 0), lazy):
             values = function(block)
@@ -131,6 +131,8 @@ def write_span(dataset: Dataset, span: Span, function: Function, array: zarr.Arr
                 flat[row - first : row - first + take] = values[done : done + take]
                 done += take
                 if row + take == min(first + chunk, span.stop):
+                    if root is not None and not (root / array.path / "zarr.json").exists():  # zarr would make it anew
+                        raise Cancelled(f"{root} was removed while it was written; nothing is left of it")
                     array[first : row + take] = buffer[: row + take - first]
     return share.tally
 
