@@ -14,7 +14,7 @@ from streamlr.errors import DataError, UsageError
 from streamlr.files import check_output
 from streamlr.terminal import Outcome, command, crew, echo, progress_on_terminal, run_app
 
-Data = Annotated[str, typer.Argument(metavar="DATA", help="A zarr array or group.", show_default=False)]
+Data = Annotated[str, typer.Argument(metavar="DATA", help="A zarr array or group: a path or a URL.", show_default=False)]
 ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help="A model file that `fit --out` wrote.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, and nothing else there.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]

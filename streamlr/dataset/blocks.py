@@ -15,7 +15,7 @@ from streamlr.dataset.buffers import Buffer
 TILE_BYTES = 6 * 2**20
 MIN_SPAN_BYTES = 16 * 2**20
 MAX_SPAN_BYTES = 256 * 2**20
-WAITING_SPAN_BYTES = 256 * 2**20  # from a store with latency, which the first chunks of each span wait for
+WAITING_SPAN_BYTES = 2**30  # from a store with latency, which the first chunks of each span wait for
 SPANS_PER_WORKER = 8  # so that the last spans balance the cores
 MAX_SPANS = 7_500  # with the merges, four at a time: 10,000 tasks
 

@@ -21,6 +21,7 @@ from streamlr.errors import StoreUnreachable, UsageError
 
 WEB = ("http", "https")  # which list nothing
 SCHEMES = (*WEB, "s3", "s3a", "gs", "az", "abfs", "abfss", "adl", "azure")
+METADATA = ("zarr.json", ".zarray", ".zgroup", ".zattrs", ".zmetadata")
 SILENCE = timedelta(seconds=10)  # without a byte, and a request is made again
 TRIES = 3  # more of them, with pauses that double from a tenth of a second, unless
 PATIENCE = timedelta(seconds=15)  # have gone by. Whoever reads chunks tries again on top of it, see `stored_chunks`
@@ -32,7 +33,8 @@ class RemoteStore(ObjectStore[Any]):
     """A zarr store at a URL, for reading.
 
     What cannot be read raises a builtin: `PermissionError` where the server refuses, `ConnectionError` for all that may pass. A
-    body that ends before its time is asked for again, from where it was cut, and never taken for the whole.
+    body that ends before its time is never taken for the whole: it is asked for again, by obstore from where it was cut where the
+    server tells of an ETag, else by who reads chunks, and here for metadata.
 
     Pickled, it is its URL: on a worker it is opened with that worker's environment, once for each process.
 
@@ -82,6 +84,12 @@ class RemoteStore(ObjectStore[Any]):
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         """Return what is at a key, or a part of it; None when nothing is."""
+        try:
+            with self._asking():
+                return await super().get(key, prototype, byte_range)
+        except ConnectionError:  # also of a body that was cut, where obstore tries again only if the server tells of an ETag
+            if not key.endswith(METADATA):
+                raise  # whoever reads chunks tries again
         with self._asking():
             return await super().get(key, prototype, byte_range)
 

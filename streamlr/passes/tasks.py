@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from dask.threaded import get as threaded_get
 from streamlr.dataset.blocks import Block, Span
 from streamlr.dataset.dask_rows import DaskRows
 from streamlr.dataset.dataset import Dataset
+from streamlr.dataset.integrity import LOOKING
 from streamlr.dataset.rows import MemoryRows, Rows, plain_array
 from streamlr.dataset.tally import Tally
 from streamlr.dataset.zarr_rows import ZarrRows
@@ -179,8 +181,12 @@ def _described(dataset: Dataset, *, sent: bool) -> Dataset:
 
 def _check_current(dataset: Dataset) -> bool:
     """Check the metadata of every zarr array that is read, by us or by a Dask graph; return whether there are any."""
-    for rows in dataset.arrays:
-        if isinstance(rows, ZarrRows | DaskRows):
+    looked_at = [rows for rows in dataset.arrays if isinstance(rows, ZarrRows | DaskRows)]
+    if any(isinstance(rows, ZarrRows) and rows.are_asked_ahead for rows in looked_at):
+        with ThreadPoolExecutor(min(len(looked_at), LOOKING)) as pool:  # the store's latency is waited for once
+            list(pool.map(lambda rows: rows.check_current(), looked_at))
+    else:
+        for rows in looked_at:
             rows.check_current()
     return any(isinstance(rows, ZarrRows) or (isinstance(rows, DaskRows) and rows.zarr_sources()) for rows in dataset.arrays)
 
