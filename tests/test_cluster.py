@@ -342,14 +342,14 @@ def test_a_worker_that_sees_another_copy(store, tmp_path, monkeypatch):
 
 NARROW_CLIENT = """
 import resource, sys
-import dask.array as da, distributed, streamlr
+import dask.array as da, distributed, streamlr, streamlr.errors
 if __name__ == "__main__":
     dataset = streamlr.Dataset(da.ones((100, 9_000), chunks=(50, 9_000)), da.ones(100, chunks=50))
     with distributed.Client(sys.argv[1]):
         resource.setrlimit(resource.RLIMIT_DATA, (2 * 10**9, resource.getrlimit(resource.RLIMIT_DATA)[1]))
         try:
             streamlr.fit(dataset)
-        except streamlr.MemoryLimitExceeded as error:
+        except streamlr.errors.MemoryLimitExceeded as error:
             print(error)
 """
 
