@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pyarrow import csv
 
 from streamlr.dataset.ingest import ingest
 from streamlr.errors import (
@@ -115,6 +115,16 @@ def test_every_way_to_say_what_is_wanted(client, tmp_path, options):
     both(written(tmp_path, lines(500), [100, 0, 300, 100]), tmp_path, client, **options)
 
 
+def test_one_reading_serves_again(client, tmp_path):
+    """What it has counted in some files says nothing of others."""
+    reading = OnWorkers(client)
+    for name, sizes in (("a", [100, 300]), ("b", [50, 20, 130])):
+        paths = written(tmp_path / name, lines(sum(sizes)), sizes)
+        for formula in (FORMULA, "y ~ a"):
+            report = ingest(paths, tmp_path / "out.zarr", formula=formula, reading=reading, overwrite=True)
+            assert report.n_rows == sum(sizes)
+
+
 def test_like_a_store_and_without_its_targets(client, tmp_path):
     first = ingest(written(tmp_path / "a", lines(300), [300]), tmp_path / "first.zarr", formula=FORMULA)
     paths = written(tmp_path, lines(400, seed=1), [150, 250])
@@ -127,14 +137,8 @@ def test_like_a_store_and_without_its_targets(client, tmp_path):
 
 def test_parquet_and_csv_together(client, tmp_path):
     paths: list[Path] = written(tmp_path, lines(200), [120, 80])
-    pq.write_table(pa.csv.read_csv(paths[0]) if hasattr(pa, "csv") else read_csv(paths[0]), tmp_path / "part.parquet")
+    pq.write_table(csv.read_csv(paths[0]), tmp_path / "part.parquet")
     both([tmp_path / "part.parquet", paths[1]], tmp_path, client, formula=FORMULA, rows_per_chunk=50)
-
-
-def read_csv(path: Path) -> Any:
-    from pyarrow import csv
-
-    return csv.read_csv(path)
 
 
 def test_the_first_error_in_order_of_files_is_the_one(client, tmp_path):
@@ -196,16 +200,19 @@ def test_progress_and_who_reads(client, tmp_path):
 def test_a_worker_that_dies_changes_nothing(client, tmp_path):
     paths = written(tmp_path, lines(60_000), [3_000] * 20)
     expected = contents(ingest(paths, tmp_path / "here.zarr", formula=FORMULA, rows_per_chunk=1_000).path)
+    died_within = 0
     for seed in range(3):
         rng = random.Random(seed)
         victim = rng.choice(sorted(client.run(os.getpid, on_error="ignore").values()))
         timer = threading.Timer(rng.uniform(0.1, 1.5), os.kill, (victim, signal.SIGKILL))
         timer.start()
         report = ingest(paths, tmp_path / f"{seed}.zarr", reading=OnWorkers(client), formula=FORMULA, rows_per_chunk=1_000)
+        died_within += timer.finished.is_set()  # before it was joined
         timer.join()
         assert contents(report.path) == expected
         time.sleep(0.5)  # until its scheduler knows
         client.wait_for_workers(2, timeout=30)
+    assert died_within
 
 
 def test_a_chunk_that_was_begun_is_written_anew_and_the_beginning_is_gone(client, tmp_path):

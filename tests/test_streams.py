@@ -254,9 +254,12 @@ def test_a_missing_chunk_is_named(store, rows, tmp_path):
         streamlr.fit(dataset, Descent(streams=4), progress=remove)
 
 
-def test_a_rate_that_is_too_high_diverges(store):
+@pytest.mark.parametrize("update", ["plain", "momentum"])
+@pytest.mark.parametrize("rate", [10.0, 1e200])
+def test_a_rate_that_is_too_high_diverges(store, update, rate):
+    """Without a warning of NumPy's, also of what the rule remembers."""
     with pytest.raises(Diverged, match="choose a lower one"):
-        fitted(store, learning_rate=10.0, scale=None)
+        fitted(store, learning_rate=rate, scale=None, update=update)
 
 
 def test_each_stream_has_a_buffer_that_is_planned(store):

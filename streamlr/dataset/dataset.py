@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from streamlr.dataset.blocks import Block, Span, tile_rows
 from streamlr.dataset.checked import DatasetReader
-from streamlr.dataset.dask_rows import as_rows
+from streamlr.dataset.dask_rows import DaskRows, as_rows
 from streamlr.dataset.rows import Rows
 from streamlr.dataset.subset import Subset
 from streamlr.dataset.tally import Tally
@@ -123,6 +123,11 @@ class Dataset:
         """Features, targets and weights, as far as there are any."""
         return (*self.features, *self.targets, *(() if self.weights is None else (self.weights,)))
 
+    @property
+    def lazy(self) -> list[DaskRows]:
+        """Those of the arrays that are Dask's, computed a block at a time."""
+        return [rows for rows in self.arrays if isinstance(rows, DaskRows)]
+
     @cached_property
     def n_rows(self) -> int:
         """Number of rows; for a part of a split, of that part."""
@@ -153,9 +158,9 @@ class Dataset:
 
     @property
     def reader_bytes(self) -> int:
-        """Most bytes that one task holds while it reads: decoded chunks, and a tile with its kept rows and centred copy."""
+        """Most bytes that one task holds while it reads: decoded chunks, a tile, its chosen, kept and centred rows, masks."""
         tile = min(self.tile_rows, self.stored_rows) * (self.n_features + self.n_targets + 2) * 8
-        return sum(rows.reader_bytes for rows in self.arrays) + 3 * tile
+        return sum(rows.reader_bytes for rows in self.arrays) + (3 + bool(self.subsets)) * tile + tile // 2
 
     @cached_property
     def fingerprint(self) -> str:

@@ -151,9 +151,10 @@ def ingest(
             if parsed.categories:
                 levels, n_expected = reading.levels(tables, parsed.categories, others, missing, progress)
             coding = Coding.of_formula(parsed, levels, weights)
-        writer, counts = reading.write(beside, TableRows(coding, with_targets, missing), tables, rows_per_chunk, progress)
-        tally = {"rows_read": counts.read, "rows_dropped": counts.dropped, "dropped_by_column": counts.by_column}
-        with writer:
+        rows = TableRows(coding, with_targets, missing)
+        with rows.writer(beside, rows_per_chunk) as writer:
+            counts = reading.write(writer, rows, tables, progress)
+            tally = {"rows_read": counts.read, "rows_dropped": counts.dropped, "dropped_by_column": counts.by_column}
             writer.finish(coding=coding.to_json(), counts=tally)
         if n_expected not in (None, counts.read):
             raise StoreChanged(

@@ -13,9 +13,7 @@ from zarr.core.sync import sync  # stores are bound to zarr's own event loop, an
 
 REQUESTS = 64  # under way at once for one reader: latency is shared by so many
 HANDOVERS = 4  # in which those are asked for, and answered: the way to the loop and back costs as much as a small chunk
-AHEAD_BYTES = (
-    64 * 2**20
-)  # of chunks; at 50 ms, and as long to arrive, 600 MB/s. Of larger chunks one is fetched while another is decoded
+AHEAD_BYTES = 64 * 2**20  # of chunks: 600 MB/s at 50 ms, and as long to arrive. Of larger ones, one comes while another is decoded
 
 A = TypeVar("A")
 B = TypeVar("B")

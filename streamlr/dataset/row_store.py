@@ -77,7 +77,7 @@ class RowStoreWriter:
             raise UsageError("a store needs at least one feature column; name one")
         n_columns = max(len(features), len(targets))
         check_rows_per_chunk(rows_per_chunk, n_columns)
-        self._path = Path(path)
+        self.path = Path(path)
         self._features, self._targets = list(features), list(targets)
         self._given_rows, self._joins = rows_per_chunk, first_row is not None
         self.rows_per_chunk = rows_per_chunk or default_rows_per_chunk(n_columns)
@@ -94,12 +94,13 @@ class RowStoreWriter:
         self._thread = ThreadPoolExecutor(1, "streamlr-chunk-writer")
         self._writing: Future[None] | None = None
         if first_row is None:
-            self._group = zarr.create_group(str(self._path), zarr_format=3, attributes={ATTRIBUTE: {"complete": False}})
+            self._group = zarr.create_group(str(self.path), zarr_format=3, attributes={ATTRIBUTE: {"complete": False}})
         else:
             self.n_rows = first_row
             try:
-                self._group = zarr.open_group(str(self._path), mode="r")
-                self._arrays = {name: self._array(name) for name in shapes}
+                self._group = zarr.open_group(str(self.path), mode="r")
+                there = dict(self._group.arrays())
+                self._arrays = {name: there[name] for name in shapes}
             except (FileNotFoundError, KeyError) as error:
                 raise self._removed() from error
 
@@ -165,13 +166,13 @@ class RowStoreWriter:
             Nothing was appended.
         """
         if not self.n_rows and not self._filled:
-            raise NoRows(f"no row was given to write to {self._path}")
+            raise NoRows(f"no row was given to write to {self.path}")
         if not self.n_rows:
             self._shrink(self._filled)
         self.flush()
         for array in self._arrays.values():
             array.resize((self.n_rows, *array.shape[1:]))
-        seal(self._path, features=self._features, targets=self._targets, coding=coding or {}, counts=counts or {})
+        seal(self.path, features=self._features, targets=self._targets, coding=coding or {}, counts=counts or {})
 
     def share(self, n_rows: int) -> None:
         """Leave the writing of so many rows to other writers of this store, each from a `first_row` on; then `finish`."""
@@ -197,10 +198,6 @@ class RowStoreWriter:
         if self._given_rows is None:
             self.rows_per_chunk = min(self.rows_per_chunk, max(LEAST_ROWS, 1 << (n_rows - 1).bit_length()))
 
-    def _array(self, name: str) -> zarr.Array[Any]:
-        array: Any = self._group[name]
-        return array  # type: ignore[no-any-return]
-
     def _hand_over(self) -> None:
         """Have the chunk written, by the thread if it is free, else here and now: compressing takes longer than coding."""
         if not self._arrays:
@@ -225,9 +222,9 @@ class RowStoreWriter:
         """Write a chunk of every array as zarr would by the codecs of `_create`, which takes several copies and several threads."""
         for name, chunk in chunks.items():
             chunk[n_rows:] = np.nan
-            path = self._path / chunk_key(self._arrays[name], (number, *(0 for _ in chunk.shape[1:])))
-            for folder in reversed(path.relative_to(self._path / name).parents[:-1]):
-                self._make(self._path / name / folder)
+            path = self.path / chunk_key(self._arrays[name], (number, *(0 for _ in chunk.shape[1:])))
+            for folder in reversed(path.relative_to(self.path / name).parents[:-1]):
+                self._make(self.path / name / folder)
             stored = numcodecs.Zstd(level=COMPRESSION_LEVEL).encode(chunk)
             beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}") if self._joins else path
             with beside.open("xb") as file:
@@ -244,7 +241,7 @@ class RowStoreWriter:
             raise self._removed() from error
 
     def _removed(self) -> Cancelled:
-        return Cancelled(f"{self._path} was removed while it was written; nothing is left of it")
+        return Cancelled(f"{self.path} was removed while it was written; nothing is left of it")
 
     def _create(self, name: str, shape: tuple[int, ...]) -> zarr.Array[Any]:
         array: zarr.Array[Any] = self._group.create_array(

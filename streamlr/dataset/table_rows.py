@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -77,10 +76,8 @@ class Reading(Protocol):
         """Return what `collect_levels` does."""
         ...
 
-    def write(
-        self, path: Path, rows: TableRows, tables: Sequence[Table], rows_per_chunk: int | None, progress: Progress | None
-    ) -> tuple[RowStoreWriter, RowCounts]:
-        """Write all rows to a store that is not yet sealed; return its writer, and what was read and left out."""
+    def write(self, writer: RowStoreWriter, rows: TableRows, tables: Sequence[Table], progress: Progress | None) -> RowCounts:
+        """Write all rows to a store that another finishes; return what was read and left out."""
         ...
 
 
@@ -93,18 +90,13 @@ class OneAfterAnother:
         """Return what `collect_levels` does."""
         return collect_levels(tables, categories, others, missing, progress)
 
-    def write(
-        self, path: Path, rows: TableRows, tables: Sequence[Table], rows_per_chunk: int | None, progress: Progress | None
-    ) -> tuple[RowStoreWriter, RowCounts]:
+    def write(self, writer: RowStoreWriter, rows: TableRows, tables: Sequence[Table], progress: Progress | None) -> RowCounts:
         """Write all rows, as they come."""
-        counts, writer = RowCounts(), rows.writer(path, rows_per_chunk)
-        with ExitStack() as stack:
-            stack.enter_context(writer)
-            for _ in rows.write(writer, complete_rows(tables, rows.numbers, list(rows.coding.levels), rows.missing, counts)):
-                if progress is not None:
-                    progress("rows", counts.read)
-            stack.pop_all()  # nothing went wrong: whoever finishes it waits for its thread
-        return writer, counts
+        counts = RowCounts()
+        for _ in rows.write(writer, complete_rows(tables, rows.numbers, list(rows.coding.levels), rows.missing, counts)):
+            if progress is not None:
+                progress("rows", counts.read)
+        return counts
 
 
 def _weights(batch: Batch, name: str) -> NDArray[np.float64]:

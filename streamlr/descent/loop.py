@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from streamlr.descent.scaling import SMALLEST
 from streamlr.descent.seen import Seen
 from streamlr.descent.steps import Iterate, Walk
 from streamlr.descent.stopping import Record, verdict
-from streamlr.descent.updates import Best
+from streamlr.descent.updates import Average, Best
 from streamlr.errors import Diverged
 
 Array = NDArray[np.float64]
@@ -76,7 +77,7 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Loop:
+class Loop(ABC):
     """A descent over epochs.
 
     Attributes
@@ -121,9 +122,14 @@ class Loop:
         """Return the coefficients that a state stands for: the best by held-out rows, else the average, else the last."""
         return state.best.b if self.validate and state.best.cost < np.inf else self._candidate(state.here)
 
+    @abstractmethod
     def _through_epoch(self, state: State) -> Generator[State, None, None]:
         """Yield the states that can be gone on from; the last is that of the ended epoch."""
-        raise NotImplementedError
+
+    def _begun(self, state: State) -> Iterate:
+        """Return where a state stands, with the average started anew where it is the beginning of an epoch that does."""
+        here = state.here
+        return here if state.position or not restarts(state.epoch) else here._replace(average=Average(here.b, 0.0))
 
     def _ended(self, state: State) -> State:
         """Close an epoch: record it, remember the best coefficients, ask the rules."""

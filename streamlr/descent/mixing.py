@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from streamlr.descent.loop import GROWN, Loop, State, restarts
+from streamlr.descent.loop import GROWN, Loop, State
 from streamlr.descent.seen import Seen
 from streamlr.descent.sequential import stepped
 from streamlr.descent.steps import Iterate, Walk
@@ -59,10 +59,10 @@ class MixedLoop(Loop):
     def _through_epoch(self, state: State) -> Generator[State, None, None]:
         """Yield the state of the ended epoch: within it, there is none to go on from."""
         began = monotonic() - state.seconds
-        start = state.here
-        if restarts(state.epoch):
-            start = start._replace(average=Average(start.b, 0.0))
-        here, seen = mixed(start, self.streams(state.epoch, Stream(self.walk, start)))
+        start = self._begun(state)
+        parts = self.streams(state.epoch, Stream(self.walk, start))
+        with np.errstate(all="ignore"):  # what left the range of float64 is found below
+            here, seen = mixed(start, parts)
         state = state._replace(here=here, rows=state.rows + seen.rows, seen=seen, seconds=monotonic() - began)
         self._check(state, GROWN)
         yield self._ended(state)
@@ -104,15 +104,12 @@ def mixed(start: Iterate, parts: Sequence[Met]) -> Met:
     remembered: dict[str, Any] = {
         name: mean(getattr(start.memory, name), [getattr(end.memory, name) for end in ends]) for name in start.memory._fields
     }
-    with np.errstate(all="ignore"):  # what left the range of float64 is found by who looks at the cost
-        return (
-            Iterate(
-                b=mean(start.b, [end.b for end in ends]),
-                transform=transform,
-                memory=start.memory._replace(**remembered),
-                average=start.average.of(mean(start.b, [end.average.b for end in ends]), seen.rows),
-                gradients=sum((end.gradients - start.gradients for end in ends), start.gradients),
-                step=max(end.step for end in ends),
-            ),
-            seen,
-        )
+    here = Iterate(
+        b=mean(start.b, [end.b for end in ends]),
+        transform=transform,
+        memory=start.memory._replace(**remembered),
+        average=start.average.of(mean(start.b, [end.average.b for end in ends]), seen.rows),
+        gradients=sum((end.gradients - start.gradients for end in ends), start.gradients),
+        step=max(end.step for end in ends),
+    )
+    return here, seen

@@ -9,11 +9,10 @@ from time import monotonic
 import numpy as np
 from numpy.typing import NDArray
 
-from streamlr.descent.loop import GROWN, RUINED, Loop, State, restarts
+from streamlr.descent.loop import GROWN, RUINED, Loop, State
 from streamlr.descent.seen import Seen
 from streamlr.descent.steps import Iterate, Walk
 from streamlr.descent.stopping import spent
-from streamlr.descent.updates import Average
 
 Array = NDArray[np.float64]
 Epoch = Callable[[int, tuple[int, ...]], Iterator[tuple[Array, tuple[int, ...]]]]
@@ -35,9 +34,7 @@ class SequentialLoop(Loop):
         """Yield the states that can be gone on from, one a stretch; the last is that of the ended epoch."""
         options = self.options
         began = monotonic() - state.seconds
-        here, rows, seen = state.here, state.rows, state.seen
-        if not state.position and restarts(state.epoch):
-            here = here._replace(average=Average(here.b, 0.0))
+        here, rows, seen = self._begun(state), state.rows, state.seen
         for stretch, position in self.epoch(state.epoch, state.position):
             for part, logs in self._parts(stretch, rows):
                 here, seen = stepped(self.walk, part, here, seen)

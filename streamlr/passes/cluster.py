@@ -79,10 +79,11 @@ def run(
 
     Raises
     ------
-    TimeoutError
+    NoAnswer
         Not all of them answered within `patience` seconds; for one that has just died, Dask itself waits half a minute.
     """
-    answers: dict[str, Any] = _in_time(patience, client.run, function, *arguments, workers=workers, on_error="return")
+    asked = f"one of the workers {', '.join(workers)}" if workers else "a worker"
+    answers: dict[str, Any] = _in_time(patience, asked, client.run, function, *arguments, workers=workers, on_error="return")
     return answers
 
 
@@ -91,15 +92,19 @@ def running(client: Any) -> dict[str, Any]:
 
     Raises
     ------
-    TimeoutError
+    NoAnswer
         The scheduler does not answer.
     """
     return {address: facts for address, facts in _workers(client).items() if _runs(facts)}
 
 
 def _workers(client: Any) -> dict[str, Any]:
-    found: dict[str, Any] = _in_time(PATIENCE, client.scheduler_info, n_workers=-1)["workers"]
+    found: dict[str, Any] = _ask_scheduler(client, client.scheduler_info, n_workers=-1)["workers"]
     return found
+
+
+def _ask_scheduler(client: Any, method: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    return _in_time(PATIENCE, f"the scheduler at {client.scheduler.address}", method, *arguments, **options)
 
 
 def _runs(facts: dict[str, Any]) -> bool:
@@ -130,8 +135,8 @@ def translated(client: Any) -> Iterator[None]:
             f"{error.allowed_failures + 1} workers died while they ran the task {error.task!r}, the last of them {worker}. A "
             "worker that goes over its memory limit is killed: give workers more memory or fewer threads, and look at their logs"
         ) from error
-    except _NoAnswer as error:
-        raise _silence(client) from error
+    except NoAnswer as error:
+        raise _silence(error) from error
     except (distributed.CancelledError, OSError) as error:
         of_a_task = isinstance(error, OSError) and not type(error).__module__.startswith("distributed.")
         if of_a_task and client.status == "running":
@@ -139,11 +144,11 @@ def translated(client: Any) -> Iterator[None]:
         raise _no_scheduler(client) from error
 
 
-class _NoAnswer(TimeoutError):
-    """Scheduler or workers are there and do not answer."""
+class NoAnswer(TimeoutError):
+    """A scheduler or worker, which the text names, is there and does not answer."""
 
 
-def _in_time(patience: float, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+def _in_time(patience: float, asked: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     """Call what may wait for ever, in a thread that may."""
     answer: Future[Any] = Future()
 
@@ -159,7 +164,7 @@ def _in_time(patience: float, function: Callable[..., Any], *arguments: Any, **o
     except TimeoutError as error:
         if answer.done():
             raise
-        raise _NoAnswer(f"nothing answered for {patience:.0f} seconds") from error
+        raise NoAnswer(asked) from error
 
 
 def _stop(client: Any, future: Any, key: str) -> None:
@@ -213,20 +218,19 @@ class _Watch:
         if not now and time.monotonic() - self._looked < 1:
             return
         while True:
-            there, answered = self._client.status == "running", True
+            there, silent = self._client.status == "running", None
             try:
                 if there and self._is_well(_workers(self._client)):
                     self._well = time.monotonic()
                     break
-            except _NoAnswer:
-                answered = False
-            except StreamlrError:
-                raise
+            except NoAnswer as error:
+                silent = error
             except OSError:  # the scheduler went away just now
                 pass
             if time.monotonic() - self._well > PATIENCE:
-                missing = _no_scheduler if not there else no_workers if answered else _silence
-                raise missing(self._client)
+                if not there:
+                    raise _no_scheduler(self._client)
+                raise no_workers(self._client) if silent is None else _silence(silent)
             if not now:
                 break
             time.sleep(LOOK)
@@ -245,8 +249,8 @@ class _Watch:
         }
         unable = [address for address, (_, since) in self._signs.items() if now - since > PATIENCE]
         if unable and able:
-            tasks = _in_time(PATIENCE, self._client.processing, unable)
-            results = _in_time(PATIENCE, self._client.has_what, unable)  # which a paused worker still hands out
+            tasks = _ask_scheduler(self._client, self._client.processing, unable)
+            results = _ask_scheduler(self._client, self._client.has_what, unable)  # which a paused worker still hands out
             for address in unable:
                 if tasks.get(address) or (address in able and results.get(address)):
                     raise _unable(address, paused=address not in able)
@@ -261,10 +265,9 @@ def _unable(address: str, *, paused: bool) -> ClusterError:
     )
 
 
-def _silence(client: Any) -> ClusterError:
+def _silence(silent: NoAnswer) -> ClusterError:
     return ClusterError(
-        f"the scheduler at {client.scheduler.address}, or one of its workers, is there and has not answered for {PATIENCE:.0f} "
-        "seconds; look at their logs, and at the load of their machines"
+        f"{silent} is there and has not answered for {PATIENCE:.0f} seconds; look at its log, and at the load of its machine"
     )
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate, chain
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ from streamlr.dataset.tables.levels import Progress, check_levels, levels_in, so
 from streamlr.dataset.tables.missing import Missing, RowCounts, check_rows_left, kept_rows
 from streamlr.dataset.tally import Tally
 from streamlr.errors import MemoryLimitExceeded, StoreChanged, StreamlrError
-from streamlr.passes.cluster import run_on
-from streamlr.passes.progress import find_pass, running_pass, share_of_pass
+from streamlr.passes.progress import running_pass, share_of_pass
 from streamlr.passes.schedulers import active_client
+from streamlr.passes.tasks import run_pass
 from streamlr.passes.workers import Vetted, seen_by_workers, workers_of
 
 PARSERS = ("pyarrow", "google-crc32c")  # what a store holds rests on them too
@@ -67,35 +68,30 @@ class OnWorkers:
             progress("levels", total.read)
         return {column: sort_levels(column, found) for column, found in levels.items()}, total.read
 
-    def write(
-        self, path: Path, rows: TableRows, tables: Sequence[Table], rows_per_chunk: int | None, progress: Progress | None
-    ) -> tuple[RowStoreWriter, RowCounts]:
-        """Write the rows of all files, of each chunk in one task, and return the writer that will finish the store."""
+    def write(self, writer: RowStoreWriter, rows: TableRows, tables: Sequence[Table], progress: Progress | None) -> RowCounts:
+        """Write the rows of all files, of each chunk in one task, and return what was read and left out."""
         counts = self._counts or self._on_each("count", count_rows, (rows,), [(table,) for table in tables], tables, progress)
+        self._counts = []  # those of other files are others
         total = sum(counts, RowCounts())
         check_rows_left(tables, total)
-        writer = rows.writer(path, rows_per_chunk)
         writer.share(total.kept)
         self._check_memory(writer.chunk_bytes)
-        height, kept = writer.rows_per_chunk, [one.kept for one in counts]
-        ends = list(accumulate(kept))
+        path, height, kept = writer.path, writer.rows_per_chunk, [one.kept for one in counts]
+        edges = [0, *accumulate(kept)]
         parts = []
-        for i, (own, end) in enumerate(zip(kept, ends, strict=True)):
-            first, stop = (-(-row // height) * height for row in (end - own, end))  # chunks that begin in this file
-            stop = min(stop, total.kept)
-            if not own:  # to be sure that it still has none
+        for i, (start, end) in enumerate(pairwise(edges)):
+            first, stop = (min(-(-row // height) * height, total.kept) for row in (start, end))  # chunks that begin in this file
+            if start == end:  # to be sure that it still has no row
                 parts.append((tables[i : i + 1], kept[i : i + 1], 1, 0, (0, 0)))
             elif first < stop:
-                whole = sum(after <= stop for after in ends[i:])
-                needed = sum(after - count < stop for after, count in zip(ends[i:], kept[i:], strict=True))
-                window = (first - (end - own), stop - (end - own))
-                parts.append((tables[i : i + needed], kept[i : i + needed], whole, first, window))
+                whole, needed = bisect_right(edges, stop) - 1, bisect_left(edges, stop)
+                parts.append((tables[i:needed], kept[i:needed], whole - i, first, (first - start, stop - start)))
         self._on_each("rows", write_part, (rows, path, height), parts, tables, progress, path)
         if progress is not None:
             progress("rows", total.read)  # what workers told of last may not have been heard
         for left in path.glob("*/c/**/.*"):  # by a worker that was killed
             left.unlink(missing_ok=True)
-        return writer, total
+        return total
 
     def _check_memory(self, chunk_bytes: int) -> None:
         """Raise `MemoryLimitExceeded` where tasks that write chunks of this size would be too much for a worker."""
@@ -128,10 +124,7 @@ class OnWorkers:
             shared = delayed((function, common, key), traverse=False, name=f"context-{key}")
             tasks = [delayed(attempt)(shared, part, dask_key_name=f"{stage}-{key}-{i}") for i, part in enumerate(parts)]
             root = delayed(list)(tasks, dask_key_name=f"gather-{key}")
-            vetted = Vetted(self._client, looks, PARSERS)
-            state = find_pass(key)
-            assert state is not None, "it was begun above"
-            found = run_on(self._client, root, key, lambda rows: state.note(Tally(rows=rows)), vetted.check)
+            found = run_pass(self._client, root, key, Vetted(self._client, looks, PARSERS))
         for one in found:
             if isinstance(one, StreamlrError):
                 raise one

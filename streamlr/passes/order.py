@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamlr.dataset.blocks import Span
-from streamlr.dataset.dask_rows import DaskRows
 from streamlr.dataset.dataset import Dataset
 from streamlr.passes.planning import block_spans
 from streamlr.passes.shuffle import START, Piece, Position, Stretch, as_stored, shuffled
@@ -119,8 +118,7 @@ def unit_spans(dataset: Dataset, streams: int = 1) -> Sequence[Span]:
     Where arrays have chunks of different heights, units end where chunks of all of them end, as long as that takes no more than
     16 MiB; else where chunks of the array with the longest rows end, and the others are decoded again where units share them.
     """
-    lazy = [rows for rows in dataset.arrays if isinstance(rows, DaskRows)]
-    if lazy:
+    if lazy := dataset.lazy:
         return block_spans(max(lazy, key=lambda rows: rows.row_bytes))
     chunk = max(dataset.arrays, key=lambda rows: rows.row_bytes).decoded_rows
     shared = lcm(*(rows.decoded_rows for rows in dataset.arrays))

@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 
 from streamlr.dataset.blocks import Span
 from streamlr.dataset.checked import DatasetReader
-from streamlr.dataset.dask_rows import DaskRows
 from streamlr.dataset.dataset import Dataset
 from streamlr.dataset.tally import Tally
 from streamlr.errors import Cancelled
@@ -28,7 +27,7 @@ def new_piece(width: int) -> Array:
 
 def unit_reader(dataset: Dataset) -> DatasetReader | None:
     """Return a reader that keeps its memory from unit to unit; None where units are computed, each by itself."""
-    return None if any(isinstance(rows, DaskRows) for rows in dataset.arrays) else dataset.reader()
+    return None if dataset.lazy else dataset.reader()
 
 
 def prepared(

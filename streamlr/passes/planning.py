@@ -59,7 +59,7 @@ def draft_pass(
     tile = tile_rows(width, statistic.nbytes)
     tile_bytes = min(tile, dataset.stored_rows) * width * 8
     whole_tiles = 12 * statistic.nbytes + 2 * tile_bytes > OPEN_BYTES
-    lazy = [rows for rows in dataset.arrays if isinstance(rows, DaskRows)]
+    lazy = dataset.lazy
     if lazy:
         cut = block_spans(max(lazy, key=lambda rows: rows.row_bytes))
     else:

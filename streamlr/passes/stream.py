@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamlr.dataset.blocks import Plan, Span, format_bytes
-from streamlr.dataset.dask_rows import DaskRows
 from streamlr.dataset.dataset import Dataset
 from streamlr.dataset.tally import Tally
 from streamlr.errors import MemoryLimitExceeded, UsageError
@@ -79,7 +78,7 @@ def plan_stream(
     reading, descending = dataset.reader_bytes, buffer + order.stretch_rows(width) * width * 8
     try:
         if streams > 1:
-            if any(isinstance(rows, DaskRows) for rows in dataset.arrays):
+            if dataset.lazy:
                 reading *= 2  # one block is computed while another is used
             return make_plan(
                 dataset,

@@ -84,7 +84,7 @@ def blocks_of(dataset: Dataset, span: Span, share: Share, tile: int, lazy: Seque
 
 def with_computed(dataset: Dataset, span: Span) -> Dataset:
     """Compute the rows of a span of every Dask array, now, and put them in the arrays' places."""
-    lazy = [rows.array[span.start : span.stop] for rows in dataset.arrays if isinstance(rows, DaskRows)]
+    lazy = [rows.array[span.start : span.stop] for rows in dataset.lazy]
     with errors_of_graphs(dataset):
         return with_blocks(_described(dataset, sent=False), span, _computed(lazy))
 
@@ -104,7 +104,7 @@ def _computed(lazy: Sequence[Any]) -> Sequence[Any]:
 @contextmanager
 def one_at_a_time(dataset: Dataset) -> Iterator[None]:
     """Let only one task of a worker hold memory while it waits for blocks of Dask arrays, for which such a task makes room."""
-    if not is_task() or not any(isinstance(rows, DaskRows) for rows in dataset.arrays):
+    if not (is_task() and dataset.lazy):
         yield
         return
     from distributed import worker_client
@@ -122,10 +122,9 @@ def compute(root: Delayed, arrays: Sequence[Rows], key: str, tasks_at_once: int)
     Here it runs on as many threads or processes as planned.
     """
     if client := active_client():
-        state = find_pass(key)
-        assert state is not None, "a pass runs where it was begun"
-        result = run_on(client, root, key, lambda rows: state.note(Tally(rows=rows)), Vetted(client, stores_of(arrays)).check)
-        state.finish()
+        result = run_pass(client, root, key, Vetted(client, stores_of(arrays)))
+        if state := find_pass(key):
+            state.finish()
         return result
     options: dict[str, Any] = {"num_workers": tasks_at_once} if has_pool() else {}
     if is_threaded():
@@ -134,13 +133,20 @@ def compute(root: Delayed, arrays: Sequence[Rows], key: str, tasks_at_once: int)
         return dask_compute(root, **options)[0]
 
 
+def run_pass(client: Any, root: Delayed, key: str, vetted: Vetted) -> Any:
+    """Run the graph of a pass on a cluster, by workers that are vetted, and let the pass hear of their progress."""
+    state = find_pass(key)
+    assert state is not None, "a pass runs where it was begun"
+    return run_on(client, root, key, lambda rows: state.note(Tally(rows=rows)), vetted.check)
+
+
 @contextmanager
 def errors_of_graphs(dataset: Dataset) -> Iterator[None]:
     """Name what fails in a Dask graph that the caller built: it may raise whatever the libraries behind it raise."""
     try:
         yield
     except Exception as error:
-        lazy = [rows.label for rows in dataset.arrays if isinstance(rows, DaskRows)]
+        lazy = [rows.label for rows in dataset.lazy]
         if not lazy or isinstance(error, StreamlrError | MemoryError):
             raise
         raise DataError(

@@ -116,19 +116,24 @@ class Vetted:
         ------
         ClusterError
             One has other versions, or does not see a store, or sees a copy of it that differs.
+        NoAnswer
+            One cannot be asked: it died just now, and others do its work; or it is to be asked again.
         """
         there = set(addresses)
         self._vetted &= there  # who comes again may be another
         if new := sorted(there - self._vetted):
             patience = cluster.PATIENCE / 2
             answers = cluster.run(self._client, patience, _look_around, self._looks, self._packages, workers=new)
-            self._vetted |= {address for address, seen in answers.items() if self._is_fit(address, seen)}
+            silent = {address for address, seen in answers.items() if isinstance(seen, OSError)}
+            for address in answers.keys() - silent:
+                self._judge(address, answers[address])
+                self._vetted.add(address)
+            if silent:
+                raise cluster.NoAnswer(f"worker {min(silent)}")
 
-    def _is_fit(self, address: str, seen: Any) -> bool:
+    def _judge(self, address: str, seen: Any) -> None:
         if isinstance(seen, ModuleNotFoundError):
             raise ClusterError(f"worker {address} cannot import {seen.name!r}; install streamlr {self._own['streamlr']} there")
-        if isinstance(seen, OSError):
-            return False  # it died just now, and others do its work; or it will be asked again
         if isinstance(seen, Exception):
             raise ClusterError(f"worker {address} does not answer ({type(seen).__name__}: {seen}); look at its log")
         for name in ("Python", *self._packages):
@@ -144,7 +149,6 @@ class Vetted:
                     f"worker {address} on {seen['host']} {fault} {place}; put it on a disk that all workers share, under the same "
                     "path, or in object storage"
                 )
-        return True
 
 
 def stores_of(arrays: Sequence[Rows]) -> list[Look]:

@@ -140,7 +140,7 @@ def write_span(dataset: Dataset, span: Span, function: Function, array: zarr.Arr
 def _plan(dataset: Dataset, name: str, chunk: int, n_columns: int, memory: int | str | None) -> tuple[Plan, list[Span]]:
     """Plan spans that start where chunks of the output start; a Dask array is cut at every one, to hold one block in memory."""
     n = dataset.stored_rows
-    if any(isinstance(rows, DaskRows) for rows in dataset.arrays):
+    if dataset.lazy:
         cut = [Span(start, min(start + chunk, n)) for start in range(0, n, chunk)]
     else:
         tile, waiting = dataset.tile_rows, is_waited_for(dataset)
