@@ -173,8 +173,9 @@ def scheduled(spans: int) -> dict[str, Any]:
         seconds, moments = timed(client, lambda: streamlr.accumulate(dataset))
         statistic = MomentsOf(dataset.feature_names, dataset.target_names)
         cut = [blocks.Span(64 * i, 64 * i + 64) for i in range(spans)]
-        context = (Tree(dataset.stored_rows, plan.tile_rows), statistic, "key")
-        graph = {key: task for part in span_tasks(dataset, cut, "moments", read_span, context) for key, task in part.dask.items()}
+        tree = Tree(dataset.stored_rows, plan.tile_rows)
+        parts = span_tasks(dataset, cut, "moments", "key", read_span, tree, statistic)
+        graph = {key: task for part in parts for key, task in part.dask.items()}
     assert moments.n == dataset.n_rows
     return {
         "spans": plan.n_spans,

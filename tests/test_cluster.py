@@ -393,7 +393,7 @@ def standing(tmp_path_factory):
 def noting_streams(block):
     from streamlr.passes import progress
 
-    progress.most_inside = max(getattr(progress, "most_inside", 0), len(progress._elsewhere))
+    progress.most_inside = max(getattr(progress, "most_inside", 0), sum(state.tasks for state in progress._elsewhere.values()))
     return block
 
 
@@ -406,7 +406,7 @@ def most_streams_inside() -> int:
 def running_tasks() -> int:
     from streamlr.passes import progress
 
-    return len(progress._elsewhere)
+    return sum(state.tasks for state in progress._elsewhere.values())
 
 
 class TestOnOneCluster:

@@ -21,7 +21,7 @@ from streamlr.dataset.tally import Tally
 from streamlr.errors import MemoryLimitExceeded, StoreChanged, StreamlrError
 from streamlr.passes.progress import running_pass, share_of_pass
 from streamlr.passes.schedulers import active_client
-from streamlr.passes.tasks import run_pass
+from streamlr.passes.tasks import run_pass, tasks_of
 from streamlr.passes.workers import Vetted, seen_by_workers, workers_of
 
 PARSERS = ("pyarrow", "google-crc32c")  # what a store holds rests on them too
@@ -121,8 +121,7 @@ class OnWorkers:
         looks += [seen_by_workers(output, "zarr.json")] if output else []
         told = None if progress is None else lambda event: progress(stage, event.rows)
         with running_pass(stage, sys.maxsize, 1, told) as key:
-            shared = delayed((function, common, key), traverse=False, name=f"context-{key}")
-            tasks = [delayed(attempt)(shared, part, dask_key_name=f"{stage}-{key}-{i}") for i, part in enumerate(parts)]
+            tasks = tasks_of(zip(parts), stage, key, attempt, (function, common, key))
             root = delayed(list)(tasks, dask_key_name=f"gather-{key}")
             found = run_pass(self._client, root, key, Vetted(self._client, looks, PARSERS))
         for one in found:
@@ -131,9 +130,8 @@ class OnWorkers:
         return list(found)
 
 
-def attempt(shared: tuple[Callable[..., Any], tuple[Any, ...], str], part: tuple[Any, ...]) -> Any:
+def attempt(function: Callable[..., Any], common: tuple[Any, ...], key: str, part: tuple[Any, ...]) -> Any:
     """Task: return what a function makes of a part, or the error that it raises: the caller wants the first in order of files."""
-    function, common, key = shared
     with share_of_pass(key) as share:
         counts, noted = RowCounts(), 0
 

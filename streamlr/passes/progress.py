@@ -7,18 +7,17 @@ import secrets
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from streamlr.dataset.checked import DatasetReader
 from streamlr.dataset.tally import Tally
 from streamlr.errors import Cancelled
 
 PATIENCE = 1.5  # seconds to wait for tasks to notice that they are cancelled; Ctrl-C should end the process within two
-TELL = 0.5  # seconds between what a task tells a pass of another process
+SOON, TELL = 0.001, 1.0  # seconds between what a process tells a pass of another, first and later: it costs a small task
+REMEMBERED = 1000  # passes of other processes
 CANCELLED = "the pass was cancelled; nothing was written"
 _AT_IMPORT = secrets.token_hex(8)
 
@@ -58,7 +57,6 @@ class RunningPass:
 
     def __init__(self, task: str, rows_total: int, row_bytes: int, callback: Callback | None) -> None:
         self.cancelled = False
-        self.readers: list[DatasetReader] = []  # whose memory waits for the next task
         self._task, self._rows_total, self._row_bytes, self._callback = task, rows_total, row_bytes, callback
         self._rows = 0
         self._began = time.monotonic()
@@ -136,54 +134,60 @@ def find_pass(key: str) -> RunningPass | None:
 
 
 class PassElsewhere:
-    """A task's view of a pass that runs in another process, to which it tells what it has done every now and then."""
+    """What the tasks of this process know of a pass of another, which they tell of rows: at once, and then ever more rarely."""
 
     def __init__(self, key: str) -> None:
-        self.key, self.cancelled = key, False
-        self.readers: list[DatasetReader] = []
-        self._rows = 0
-        self._told = time.monotonic()
+        self.key, self.cancelled, self.tasks = key, False, 0
+        self._untold, self._told, self._wait = 0, -TELL, SOON
+        self._lock = threading.Lock()
 
     @contextmanager
     def task(self) -> Iterator[None]:
-        """Be known here while the block runs, and tell of the last rows when it ends."""
-        _elsewhere.add(self)
-        try:
-            if self.key in _stopped:
+        """Count a task of this process for as long as the block runs."""
+        with self._lock:
+            if self.cancelled:
                 raise Cancelled(CANCELLED)
+            self.tasks += 1
+        try:
             yield
         finally:
-            _elsewhere.discard(self)
-        self._tell()
+            with self._lock:
+                self.tasks -= 1
 
     def note(self, tally: Tally) -> None:
         """Count rows that were read, and raise `Cancelled` when the pass is to stop."""
         if self.cancelled:
             raise Cancelled(CANCELLED)
-        self._rows += tally.rows
-        if time.monotonic() - self._told > TELL:
-            self._tell()
-
-    def _tell(self) -> None:
-        """Tell the pass; nobody hears it but a Dask client."""
-        if "distributed" in sys.modules:
+        with self._lock:
+            self._untold += tally.rows
+            if time.monotonic() - self._told < self._wait:
+                return
+            rows, self._untold = self._untold, 0
+            self._told, self._wait = time.monotonic(), min(2 * self._wait, TELL)
+        if "distributed" in sys.modules:  # nobody hears it but a Dask client
             with suppress(ValueError):  # no worker of a cluster
-                sys.modules["distributed"].get_worker().log_event(topic_of(self.key), (self.key, self._rows))
-        self._rows, self._told = 0, time.monotonic()
+                sys.modules["distributed"].get_worker().log_event(topic_of(self.key), (self.key, rows))
 
 
-_elsewhere: set[PassElsewhere] = set()  # of the tasks that this process runs for others
-_stopped: deque[str] = deque(maxlen=1000)  # passes of others whose last tasks may still be on their way here
+_elsewhere: dict[str, PassElsewhere] = {}  # those of late: the last tasks of one that was stopped may still be on their way here
+_entering = threading.Lock()
+
+
+def _pass_elsewhere(key: str) -> PassElsewhere:
+    with _entering:
+        if key not in _elsewhere:
+            idle = [other for other, state in _elsewhere.items() if not state.tasks]
+            for other in idle[: max(len(_elsewhere) - REMEMBERED, 0)]:
+                del _elsewhere[other]
+            _elsewhere[key] = PassElsewhere(key)
+        return _elsewhere[key]
 
 
 def stop_tasks(key: str) -> int:
     """Make the tasks that this process runs of another's pass stop at their next tile; return how many have not yet."""
-    if key not in _stopped:
-        _stopped.append(key)
-    found = [task for task in tuple(_elsewhere) if task.key == key]
-    for task in found:
-        task.cancelled = True
-    return len(found)
+    state = _pass_elsewhere(key)
+    state.cancelled = True
+    return state.tasks
 
 
 def topic_of(key: str) -> str:
@@ -196,7 +200,6 @@ class Share:
 
     def __init__(self, state: RunningPass | PassElsewhere) -> None:
         self.tally = Tally()
-        self.readers = state.readers
         self._state = state
 
     def note(self, tally: Tally) -> None:
@@ -208,7 +211,7 @@ class Share:
 @contextmanager
 def share_of_pass(key: str) -> Iterator[Share]:
     """Take part in the pass under `key`, as one task, while the block runs."""
-    state = find_pass(key) or PassElsewhere(key)
+    state = find_pass(key) or _pass_elsewhere(key)
     with state.task():
         yield Share(state)
 

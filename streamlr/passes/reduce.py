@@ -14,7 +14,7 @@ from streamlr.dataset.tally import Tally
 from streamlr.passes.memory import one_blas_thread
 from streamlr.passes.planning import plan_pass
 from streamlr.passes.progress import Callback, running_pass, share_of_pass
-from streamlr.passes.tasks import begin, blocks_of, compute, end, errors_of_graphs, span_tasks
+from streamlr.passes.tasks import Source, begin, compute, end, errors_of_graphs, span_tasks
 
 S = TypeVar("S", bound=Summary)
 
@@ -67,7 +67,7 @@ def reduce(
     before = begin(dataset)
     tree = Tree(dataset.stored_rows, plan.tile_rows)
     with running_pass(task, dataset.stored_rows, dataset.row_bytes, progress) as key:
-        parts = span_tasks(dataset, cut, task, read_span, (tree, statistic, key))
+        parts = span_tasks(dataset, cut, task, key, read_span, tree, statistic)
         number = 0
         while len(parts) > 1:
             groups = [parts[at : at + plan.fan_in] for at in range(0, len(parts), plan.fan_in)]
@@ -81,11 +81,11 @@ def reduce(
     return Reduced(partial.result(), tally, plan)
 
 
-def read_span(dataset: Dataset, span: Span, tree: Tree, statistic: Statistic[S], key: str, *lazy: Any) -> tuple[Partial[S], Tally]:
+def read_span(source: Source, key: str, tree: Tree, statistic: Statistic[S], span: Span, *lazy: Any) -> tuple[Partial[S], Tally]:
     """Task: reduce the rows of one span."""
     partial = Partial(tree, statistic)
     with share_of_pass(key) as share, one_blas_thread():  # given back before the pass hears that the task is done
-        for block in blocks_of(dataset, span, share, tree.tile_rows, lazy):
+        for block in source.blocks(span, share, tree.tile_rows, lazy):
             partial.take(block)
     return partial, share.tally
 

@@ -18,7 +18,7 @@ from streamlr.passes.order import Order
 from streamlr.passes.pieces import Prepare, new_piece, prepared, unit_reader
 from streamlr.passes.progress import Callback, Share, running_pass, share_of_pass
 from streamlr.passes.shuffle import Piece
-from streamlr.passes.tasks import begin, compute, end, errors_of_graphs, one_at_a_time
+from streamlr.passes.tasks import begin, compute, end, errors_of_graphs, one_at_a_time, tasks_of
 
 Array = NDArray[np.float64]
 R = TypeVar("R")
@@ -72,10 +72,8 @@ class ParallelStreams:
         """Return what `use` made of the stretches of each stream, and check that every row was seen and none has changed."""
         dataset = self.dataset
         with running_pass(self.task, dataset.stored_rows, dataset.row_bytes, self.progress) as key:
-            values = (dataset, self.order, self.prepare, self.width, number, use, key)
-            context = [delayed(value, traverse=False, name=f"context-{key}-{i}") for i, value in enumerate(values)]
-            name = f"epoch {number + 1}-{key}"
-            parts = [delayed(read_stream)(i, *context, dask_key_name=f"{name}-{i}") for i in range(self.order.streams)]
+            common = (dataset, key, self.order, self.prepare, self.width, number, use)
+            parts = tasks_of(zip(range(self.order.streams)), f"epoch {number + 1}", key, read_stream, common)
             with errors_of_graphs(dataset):
                 found = compute(delayed(gather)(*parts, dask_key_name=f"gather-{key}"), dataset.arrays, key, self.tasks_at_once)
         end(dataset, self._before, sum((tally for _, tally in found), Tally()))
@@ -83,7 +81,7 @@ class ParallelStreams:
 
 
 def read_stream(
-    stream: int, dataset: Dataset, order: Order, prepare: Prepare, width: int, number: int, use: Use[R], key: str
+    dataset: Dataset, key: str, order: Order, prepare: Prepare, width: int, number: int, use: Use[R], stream: int
 ) -> tuple[R, Tally]:
     """Task: give the stretches of one stream of an epoch to `use`."""
     units, capacity = order.units(dataset, number), order.capacity(dataset, width)

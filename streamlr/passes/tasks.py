@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ from dask.delayed import Delayed, delayed
 from dask.threaded import get as threaded_get
 
 from streamlr.dataset.blocks import Block, Span
+from streamlr.dataset.checked import DatasetReader
 from streamlr.dataset.dask_rows import DaskRows
 from streamlr.dataset.dataset import Dataset
 from streamlr.dataset.integrity import LOOKING
@@ -28,8 +29,55 @@ from streamlr.passes.schedulers import active_client, has_pool, is_task, is_thre
 from streamlr.passes.workers import Vetted, stores_of
 
 
-def span_tasks(dataset: Dataset, cut: Sequence[Span], name: str, function: Any, arguments: tuple[Any, ...]) -> list[Delayed]:
-    """Return one task for each span, given integers, one shared description of the dataset, and blocks of Dask arrays.
+def tasks_of(
+    parts: Iterable[tuple[Any, ...]], name: str, key: str, function: Callable[..., Any], common: tuple[Any, ...]
+) -> list[Delayed]:
+    """Return one task for each part of a pass: a function of what is common to all, which is sent once, and of the part.
+
+    All that is common is one argument, since a cluster's time for a task grows with the number of others that it depends on.
+    """
+    shared, task = delayed((function, common), traverse=False, name=f"context-{name}-{key}"), delayed(call)
+    return [task(shared, *part, dask_key_name=f"{name}-{key}-{i}") for i, part in enumerate(parts)]
+
+
+def call(shared: tuple[Callable[..., Any], tuple[Any, ...]], *part: Any) -> Any:
+    """Task: call a function."""
+    function, common = shared
+    return function(*common, *part)
+
+
+class Source:
+    """A dataset as the tasks of a pass read it: in memory that each leaves to the next one in the same process.
+
+    Fresh pages cost as much as a copy, and for a small span a new reader costs more than the reading. What is left is gone when
+    the pass is, which is the only one to have this.
+    """
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+        self._idle: list[DatasetReader] = []
+
+    def __reduce__(self) -> tuple[type[Source], tuple[Dataset]]:
+        return Source, (self.dataset,)  # readers stay where they are
+
+    def blocks(self, span: Span, share: Share, tile: int, lazy: Sequence[Any]) -> Iterator[Block]:
+        """Read the rows of a span; those of Dask arrays were computed for it."""
+        if lazy:
+            yield from with_blocks(self.dataset, span, lazy).blocks(span, share.note, tile)
+            return
+        try:
+            reader = self._idle.pop()
+        except IndexError:
+            reader = self.dataset.reader()
+        yield from reader.blocks(span, share.note, tile)
+        reader.forget()  # what a span meets must not depend on which was read before it
+        self._idle.append(reader)
+
+
+def span_tasks(
+    dataset: Dataset, cut: Sequence[Span], name: str, key: str, function: Callable[..., Any], *common: Any
+) -> list[Delayed]:
+    """Return one task for each span: a function of the source, the key, what is common, the span, and blocks of Dask arrays.
 
     NumPy rows, which lie where they are needed on threads, go to a cluster as blocks too.
     """
@@ -41,13 +89,8 @@ def span_tasks(dataset: Dataset, cut: Sequence[Span], name: str, function: Any, 
             blocks.append(rows.in_rows(sizes).to_delayed().ravel())
         elif sent and isinstance(rows, MemoryRows):
             blocks.append([rows.array[span.start : span.stop] for span in cut])
-    key = arguments[-1]
-    shared = delayed(_described(dataset, sent=sent), traverse=False, name=f"dataset-{key}")
-    context = [delayed(value, traverse=False, name=f"context-{key}-{i}") for i, value in enumerate(arguments)]
-    return [
-        delayed(function)(shared, span, *context, *(of_array[i] for of_array in blocks), dask_key_name=f"{name}-{key}-{i}")
-        for i, span in enumerate(cut)
-    ]
+    source = Source(_described(dataset, sent=sent))
+    return tasks_of(zip(cut, *blocks, strict=True), name, key, function, (source, key, *common))
 
 
 def with_blocks(dataset: Dataset, span: Span, lazy: Sequence[Any]) -> Dataset:
@@ -66,20 +109,6 @@ def with_blocks(dataset: Dataset, span: Span, lazy: Sequence[Any]) -> Dataset:
         else:
             arrays.append(rows)
     return dataset.with_rows(arrays)
-
-
-def blocks_of(dataset: Dataset, span: Span, share: Share, tile: int, lazy: Sequence[Any]) -> Iterator[Block]:
-    """Read the rows of a span, in memory that the pass keeps for the spans that follow: fresh pages cost as much as a copy."""
-    if lazy:
-        yield from with_blocks(dataset, span, lazy).blocks(span, share.note, tile)
-        return
-    try:
-        reader = share.readers.pop()
-    except IndexError:
-        reader = dataset.reader()
-    yield from reader.blocks(span, share.note, tile)
-    reader.forget()  # what a span meets must not depend on which was read before it
-    share.readers.append(reader)
 
 
 def with_computed(dataset: Dataset, span: Span) -> Dataset:

@@ -14,7 +14,7 @@ from streamlr.errors import DataError, MemoryLimitExceeded
 from streamlr.passes.memory import memory_in_use, memory_limit
 from streamlr.passes.progress import Callback, running_pass, share_of_pass
 from streamlr.passes.schedulers import active_client, worker_count
-from streamlr.passes.tasks import compute
+from streamlr.passes.tasks import compute, tasks_of
 from streamlr.passes.workers import workers_of
 
 
@@ -68,12 +68,11 @@ def verify_chunks(
     with running_pass("verify", total, total_bytes // max(total, 1), progress) as key:
         tasks: list[Delayed] = []
         for rows in arrays:
-            height, shared = rows.array.chunks[0], delayed(rows, traverse=False, name=f"array-{key}-{rows.label}")
+            height = rows.array.chunks[0]
             n_row_chunks = -(-rows.n_rows // height)
             each = max(span_bytes // max(height * rows.row_bytes, 1), 1)
-            for first in range(0, n_row_chunks, each):
-                span, name = Span(first, min(first + each, n_row_chunks)), f"verify-{key}-{len(tasks)}"
-                tasks.append(delayed(check_rows_of_chunks)(shared, span, key, dask_key_name=name))
+            cut = [Span(first, min(first + each, n_row_chunks)) for first in range(0, n_row_chunks, each)]
+            tasks += tasks_of(zip(cut, strict=True), f"verify {rows.label}", key, check_rows_of_chunks, (rows, key))
         found = compute(delayed(list)(tasks), arrays, key, at_once) if tasks else []
     return sum(count for count, _ in found), [problem for _, problems in found for problem in problems]
 
@@ -103,7 +102,7 @@ def _tasks_at_once(arrays: Sequence[ZarrRows], memory: int | str | None) -> int:
     return min(at_once, fitting)
 
 
-def check_rows_of_chunks(rows: ZarrRows, row_chunks: Span, key: str) -> tuple[int, list[Problem]]:
+def check_rows_of_chunks(rows: ZarrRows, key: str, row_chunks: Span) -> tuple[int, list[Problem]]:
     """Task: check the chunks in some rows of chunks of one array."""
     reader, height = rows.reader(), rows.array.chunks[0]
     count = 0

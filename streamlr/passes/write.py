@@ -25,7 +25,7 @@ from streamlr.files import check_output, publish
 from streamlr.passes.memory import one_blas_thread
 from streamlr.passes.planning import is_waited_for, make_plan, tasks_together
 from streamlr.passes.progress import Callback, running_pass, share_of_pass
-from streamlr.passes.tasks import begin, blocks_of, compute, end, errors_of_graphs, span_tasks
+from streamlr.passes.tasks import Source, begin, compute, end, errors_of_graphs, span_tasks
 
 CHUNK_ROWS = 65_536  # of the output, where the input has no chunks
 Function = Callable[[Block], NDArray[np.float64]]
@@ -93,7 +93,7 @@ def write(
             config={"write_empty_chunks": True},
         )
         whole = dataset.keeping_places() if dataset.missing == "drop" else dataset
-        tasks = span_tasks(whole, cut, name, write_span, (function, array, key))
+        tasks = span_tasks(whole, cut, name, key, write_span, function, array)
         with errors_of_graphs(dataset):
             tallies = compute(delayed(list)(tasks), dataset.arrays, key, plan.tasks_at_once)
         array_fingerprint(array, name, None, "and let all workers write to one disk that they share")  # none wrote elsewhere
@@ -115,13 +115,13 @@ def check_apart(dataset: Dataset, output: str | os.PathLike[str]) -> None:
                 raise UsageError(f"the output {output} overlaps with {root}, which is read; write beside the data, not over them")
 
 
-def write_span(dataset: Dataset, span: Span, function: Function, array: zarr.Array[Any], key: str, *lazy: Any) -> Tally:
+def write_span(source: Source, key: str, function: Function, array: zarr.Array[Any], span: Span, *lazy: Any) -> Tally:
     """Task: write the rows of one span, which starts where a chunk of the output starts, chunk by chunk."""
     chunk = array.chunks[0]
     buffer = np.empty((min(chunk, span.stop - span.start), *array.shape[1:]))
     flat, root = buffer.reshape(len(buffer), -1), local_root(array)
     with share_of_pass(key) as share, one_blas_thread():  # given back before the pass hears that the task is done
-        for block in blocks_of(dataset, span, share, tile_rows(dataset.n_features, 0), lazy):
+        for block in source.blocks(span, share, tile_rows(source.dataset.n_features, 0), lazy):
             values = function(block)
             done = 0
             while done < len(values):

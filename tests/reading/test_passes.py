@@ -169,7 +169,7 @@ class TestTasks:
         group.create_array("X", data=np.ones((5000, 50)), chunks=(10, 50))
         group.create_array("y", data=np.ones(5000), chunks=(10,))
         dataset = streamlr.open_dataset(tmp_path / "s.zarr")
-        tasks = span_tasks(dataset, [Span(0, 2500), Span(2500, 5000)], "t", len, ("key",))
+        tasks = span_tasks(dataset, [Span(0, 2500), Span(2500, 5000)], "t", "key", len)
         graph = dict(tasks[1].__dask_graph__())
         assert len(pickle.dumps(graph[tasks[1].key])) < 2_000
         for node in graph.values():
