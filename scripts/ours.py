@@ -71,7 +71,11 @@ def fit_on_workers(path: Path) -> Timed:
     client = distributed.Client(
         distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0", silence_logs=40)
     )
-    fit(streamlr.Dataset(np.arange(9.0)[:, None], np.ones(9)))  # so that workers have imported what they need
+    with tempfile.TemporaryDirectory() as folder:  # a store, so that workers have imported what they need
+        group = zarr.open_group(folder, mode="w")
+        group.create_array("X", data=np.arange(9.0)[:, None])
+        group.create_array("y", data=np.ones(9))
+        fit(streamlr.open_dataset(folder))
 
     def run() -> Any:
         with client.as_current():

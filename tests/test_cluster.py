@@ -27,6 +27,7 @@ import zarr
 from zarr.storage import MemoryStore
 
 import streamlr
+from streamlr.dataset import blocks
 from streamlr.errors import ClusterError, MemoryLimitExceeded, NonFiniteValue, UsageError
 from streamlr.inspection import verify
 from streamlr.passes import cluster as passes_cluster
@@ -494,6 +495,20 @@ class TestOnOneCluster:
         assert verify(store, progress=events.append).n_chunks == 29 + 10
         assert len(events) > 5
         assert (events[-1].task, events[-1].rows, events[-1].rows_total) == ("verify", 2 * N, 2 * N)
+
+    def test_many_small_tasks_tell_of_their_rows_rarely(self, cluster, tmp_path, monkeypatch):
+        """Telling costs as much as such a task."""
+        monkeypatch.setattr(blocks, "SPANS_PER_WORKER", 300)
+        monkeypatch.setattr(blocks, "MIN_SPAN_BYTES", 1)
+        group = zarr.open_group(tmp_path / "rows.zarr", mode="w")
+        group.create_array("X", data=np.arange(6_000.0)[:, None], chunks=(10, 1))
+        group.create_array("y", data=np.ones(6_000), chunks=(10,))
+        dataset, events = streamlr.open_dataset(tmp_path / "rows.zarr"), []
+        assert streamlr.plan(dataset).n_spans == 600
+        began = time.monotonic()
+        streamlr.fit(dataset, progress=events.append)
+        assert events[-1].rows == 6_000
+        assert len(events) <= 2 * (12 + time.monotonic() - began)  # workers: within the first second ten times, then once a second
 
     def test_the_scheduler_keeps_one_topic(self, cluster, store):
         for _ in range(3):

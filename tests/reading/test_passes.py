@@ -27,9 +27,9 @@ from streamlr.dataset.blocks import Span
 from streamlr.errors import Cancelled, DataError, MemoryLimitExceeded, OutputExists, UsageError
 from streamlr.passes.memory import one_blas_thread
 from streamlr.passes.planning import plan_pass
-from streamlr.passes.progress import find_pass, running_pass
+from streamlr.passes.progress import find_pass, running_pass, share_of_pass
 from streamlr.passes.reduce import reduce
-from streamlr.passes.tasks import span_tasks
+from streamlr.passes.tasks import Source, span_tasks
 from streamlr.passes.write import write
 
 N, P = 80_000, 100  # 64 MB: four spans
@@ -172,11 +172,20 @@ class TestTasks:
         tasks = span_tasks(dataset, [Span(0, 2500), Span(2500, 5000)], "t", "key", len)
         graph = dict(tasks[1].__dask_graph__())
         assert len(pickle.dumps(graph[tasks[1].key])) < 2_000
+        assert len(graph[tasks[1].key].dependencies) == 1, "what is common comes as one"
         for node in graph.values():
             value = getattr(node, "value", node)
             assert not isinstance(value, np.ndarray)
             if not hasattr(node, "func"):
                 assert len(pickle.dumps(value)) < 10_000
+
+    def test_spans_share_a_reader_that_stays_in_its_process(self, rows):
+        source = Source(streamlr.Dataset(rows[0][:300], rows[1][:300]))
+        for start in (0, 100, 200):
+            with running_pass("t", 300, 1, None) as key, share_of_pass(key) as share:
+                assert sum(len(block.x) for block in source.blocks(Span(start, start + 100), share, 30, [])) == 100
+            assert len(source._idle) == 1
+        assert not pickle.loads(pickle.dumps(source))._idle
 
     def test_datasets_pickle(self, tmp_path, rows):
         group = zarr.open_group(tmp_path / "s.zarr", mode="w")
