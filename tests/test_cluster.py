@@ -508,7 +508,7 @@ class TestOnOneCluster:
         began = time.monotonic()
         streamlr.fit(dataset, progress=events.append)
         assert events[-1].rows == 6_000
-        assert len(events) <= 2 * (12 + time.monotonic() - began)  # workers: within the first second ten times, then once a second
+        assert len(events) <= 2 * (12 + 2 * (time.monotonic() - began))  # workers: ten times in half a second, then twice a second
 
     def test_the_scheduler_keeps_one_topic(self, cluster, store):
         for _ in range(3):
