@@ -91,6 +91,7 @@ def bench(
     profile: Annotated[bool, typer.Option("--profile", help="instead: where the time of the exact fit goes, by phase")] = False,
     scaling: Annotated[bool, typer.Option("--scaling", help="instead: time and memory on 10 times the rows")] = False,
     many: Annotated[bool, typer.Option("--many-chunks", help="instead: the plan of 1,000,000 chunks, and a run on many")] = False,
+    tasks: Annotated[bool, typer.Option("--tasks", help="instead: a span on a cluster, beside a task that does nothing")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="0.2 GB, and 3 runs at most: about a minute a regime")] = False,
     size: Annotated[int | None, typer.Option("--bytes", help="of X, decoded; by default 3.2 GB, or 0.2 with --quick")] = None,
     repeats: Annotated[int, typer.Option(help="runs of each contestant")] = 5,
@@ -101,7 +102,7 @@ def bench(
     """Run the contestants in turn, and print medians and ratios."""
     if unknown := set(regime or ()) - set(REGIMES):
         raise typer.BadParameter(f"no regime {', '.join(sorted(unknown))}; there are {', '.join(REGIMES)}")
-    contest = not (profile or scaling or many)
+    contest = not (profile or scaling or many or tasks)
     acting = {
         "--only": contest or scaling or not only,
         "--picture": contest or picture is None,
@@ -118,6 +119,8 @@ def bench(
     found: dict[str, Any] = {"machine": platform.platform(), "seconds": {}, "runs": {}}
     if many:
         found["plan of 1,000,000 chunks"] = print_plan(turns)
+    if tasks:
+        found["tasks"] = print_tasks(turns)
     if scaling:
         found["scaling"] = print_scaling(turns, size, [who for who in OURS if wanted(who, only)])
     for name in ["given"] if store else names if contest or profile or many else []:
@@ -265,6 +268,13 @@ def print_plan(turns: Turns) -> dict[str, Any]:
         f"\n{last['chunks']:,} chunks of 64 KB: opened in {opening:.3f} s, planned in {planning:.3f} s, as {last['tasks']:,} tasks"
     )
     return {**last, "open": opening, "plan": planning}
+
+
+def print_tasks(turns: Turns) -> dict[str, Any]:
+    runs = turns.taken({"tasks": [HERE / "task_costs.py"]})["tasks"]
+    medians_of = {what: statistics.median(run[what] for run in runs) for what in runs[-1]}
+    print("\non a cluster of two processes: " + ", ".join(f"{what} {value:,.5g}" for what, value in medians_of.items()))
+    return medians_of
 
 
 def save(found: dict[str, Any], out: Path | None) -> None:

@@ -71,10 +71,10 @@ def fit_on_workers(path: Path) -> Timed:
     client = distributed.Client(
         distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0", silence_logs=40)
     )
-    with tempfile.TemporaryDirectory() as folder:  # a store, so that workers have imported what they need
+    with tempfile.TemporaryDirectory() as folder:  # a store of several spans, so that both have imported what they need
         group = zarr.open_group(folder, mode="w")
-        group.create_array("X", data=np.arange(9.0)[:, None])
-        group.create_array("y", data=np.ones(9))
+        group.create_array("X", data=np.random.default_rng(0).normal(size=(100_000, 100)), chunks=(5_000, 100))
+        group.create_array("y", data=np.ones(100_000), chunks=(100_000,))
         fit(streamlr.open_dataset(folder))
 
     def run() -> Any:
