@@ -107,7 +107,7 @@ def bench(
         "--only": contest or scaling or not only,
         "--picture": contest or picture is None,
         "--store": contest or profile or store is None,
-        "--bytes": not size or not store,
+        "--bytes": not size or not (store or (tasks and not (profile or scaling or many))),
         "--regime": ((contest or profile) and not (many or store)) or not (regime or everything),
     }
     if idle := [option for option, acts in acting.items() if not acts]:

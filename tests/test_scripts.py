@@ -204,6 +204,7 @@ def test_many_chunks_are_one(scripts_on_path, tmp_path):
         (["--many-chunks", "--store", "a.zarr"], "--store"),
         (["--store", "a.zarr", "--regime", "p = 10"], "--regime"),
         (["--store", "a.zarr", "--bytes", "1000"], "--bytes"),
+        (["--tasks", "--bytes", "1000"], "--bytes"),
     ],
 )
 def test_the_benchmark_refuses_options_that_would_not_act(tmp_path, options, idle):

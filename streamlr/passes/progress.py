@@ -16,7 +16,7 @@ from streamlr.dataset.tally import Tally
 from streamlr.errors import Cancelled
 
 PATIENCE = 1.5  # seconds to wait for tasks to notice that they are cancelled; Ctrl-C should end the process within two
-SOON, TELL = 0.001, 0.5  # seconds between what a process tells a pass of another, first and later: it costs a small task
+SOON, TELL = 0.001, 0.5  # seconds between what a process tells a pass of another, first and later: each telling costs 1 ms
 REMEMBERED = 1000  # passes of other processes
 CANCELLED = "the pass was cancelled; nothing was written"
 _AT_IMPORT = secrets.token_hex(8)

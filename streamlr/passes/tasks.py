@@ -34,7 +34,7 @@ def tasks_of(
 ) -> list[Delayed]:
     """Return one task for each part of a pass: a function of what is common to all, which is sent once, and of the part.
 
-    All that is common is one argument, since a cluster's time for a task grows with the number of others that it depends on.
+    All that is common is one argument: a graph with fewer edges takes less time to build.
     """
     shared, task = delayed((function, common), traverse=False, name=f"context-{name}-{key}"), delayed(call)
     return [task(shared, *part, dask_key_name=f"{name}-{key}-{i}") for i, part in enumerate(parts)]
