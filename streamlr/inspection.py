@@ -159,9 +159,10 @@ def inspect_store(path: str | os.PathLike[str], *, memory_limit: int | str | Non
     """
     if memory_limit is not None:
         parse_bytes(memory_limit)  # a mistake of the caller, not of the store
-    node = open_node(path)
-    sealed = read_seal(node) if isinstance(node, zarr.Group) and not is_listed(node) else None
-    arrays = [_facts(name, array) for name, array in _arrays(node, sealed).items()]
+    with open_node(path) as node:
+        sealed = read_seal(node) if isinstance(node, zarr.Group) and not is_listed(node) else None
+        found = _arrays(node, sealed)
+    arrays = [_facts(name, array) for name, array in found.items()]
     read, planned, no_plan = {array.name for array in arrays}, None, None
     try:
         dataset = open_dataset(path)
@@ -193,10 +194,11 @@ def verify(path: str | os.PathLike[str], *, memory_limit: int | str | None = Non
     PathNotFound, UsageError, DataError
         As for `open_dataset`; also where no array at all can be checked.
     """
-    node = open_node(path)
-    sealed = read_seal(node) if isinstance(node, zarr.Group) else None
+    with open_node(path) as node:
+        sealed = read_seal(node) if isinstance(node, zarr.Group) else None
+        found = _arrays(node, sealed)
     rows, refused = [], {}
-    for name, array in _arrays(node, sealed).items():
+    for name, array in found.items():
         try:
             rows.append(ZarrRows(array, name, checksums=sealed.chunks.get(name) if sealed else None))
         except StoreIncomplete:

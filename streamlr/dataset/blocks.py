@@ -15,7 +15,7 @@ from streamlr.dataset.buffers import Buffer
 TILE_BYTES = 6 * 2**20
 MIN_SPAN_BYTES = 16 * 2**20
 MAX_SPAN_BYTES = 256 * 2**20
-WAITING_SPAN_BYTES = 2**30  # from a store with latency, which the first chunks of each span wait for
+WAITING_SPAN_BYTES = 2**30  # from a store with latency, for which the first chunks of each span wait
 SPANS_PER_WORKER = 8  # so that the last spans balance the cores
 MAX_SPANS = 7_500  # with the merges, four at a time: 10,000 tasks
 
@@ -134,7 +134,7 @@ def spans(
         Cut at power-of-two numbers of tiles instead, so that a span leaves one node of the merge tree; for many columns,
         where open nodes cost more than decoding a chunk at the edge twice.
     waiting : bool
-        Prefer longer spans, as long as each worker has two: chunks are asked for ahead, but not before their span begins.
+        Prefer longer spans, as many for every worker: chunks are asked for ahead, but not before their span begins.
 
     Examples
     --------
@@ -143,14 +143,17 @@ def spans(
     """
     total = n_rows * row_bytes
     wanted = min(max(total // (workers * SPANS_PER_WORKER), MIN_SPAN_BYTES), MAX_SPAN_BYTES)
-    if waiting:
-        wanted = max(wanted, min(total // (2 * workers), WAITING_SPAN_BYTES))
     wanted_rows = max(wanted // max(row_bytes, 1), -(-n_rows // MAX_SPANS), 1)
+    if waiting:
+        together = 2 * workers if whole_tiles else workers  # a power of two may be twice as long as wanted
+        rounds = max(-(-total // (together * WAITING_SPAN_BYTES)), 1)
+        wanted_rows = max(wanted_rows, -(-n_rows // (together * rounds)))
     if whole_tiles:
         rows = tile * 2 ** max(math.ceil(math.log2(wanted_rows / tile)), 0)
     else:
         shared = math.lcm(*chunks)
-        near_enough = [unit for unit in (math.lcm(shared, tile), shared) if unit <= wanted_rows]
+        most = wanted_rows // SPANS_PER_WORKER if waiting else wanted_rows
+        near_enough = [unit for unit in (math.lcm(shared, tile), shared) if unit <= most]
         unit = near_enough[0] if near_enough else chunks[0]
         rows = unit * -(-wanted_rows // unit)
     return [Span(start, min(start + rows, n_rows)) for start in range(0, n_rows, rows)]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from zarr.abc.store import Store
 from zarr.core.sync import sync  # stores are bound to zarr's own event loop, and this is the way in
 from zarr.errors import NodeTypeValidationError
 
-from streamlr.dataset.remote import SCHEMES, RemoteStore, check_url, is_url, shown
+from streamlr.dataset.remote import METADATA, SCHEMES, RemoteStore, check_url, is_url, shown
 from streamlr.errors import DataError, PathNotFound, StoreIncomplete, StoreUnreachable, StreamlrError, UsageError
 
 TABLES = (".csv", ".csv.gz", ".csv.zip", ".parquet", ".tsv")
@@ -25,10 +26,15 @@ UNLISTED = (
 )
 
 
-def open_node(source: Any) -> zarr.Group | zarr.Array[Any]:
-    """Open a zarr array or group for reading, or raise an error that names the path."""
+@contextmanager
+def open_node(source: Any) -> Iterator[zarr.Group | zarr.Array[Any]]:
+    """Open a zarr array or group for reading, or raise an error that names the path.
+
+    While the block runs, each document of a URL's metadata is asked for once, and those of the usual arrays with the first.
+    """
     if isinstance(source, zarr.Group | zarr.Array):
-        return source
+        yield source
+        return
     if not isinstance(source, str | os.PathLike | Store):
         raise UsageError(
             f"the data are a {type(source).__name__}; allowed are a path, a URL, a zarr array, group or store (or use Dataset)"
@@ -37,10 +43,15 @@ def open_node(source: Any) -> zarr.Group | zarr.Array[Any]:
         check_url(str(source))
     elif not isinstance(source, Store):
         _check_path(Path(source))
-    place = source if isinstance(source, Store) or is_url(source) else str(Path(source))
     if is_url(source) and str(source).split("://")[0].lower() in SCHEMES:
-        place = RemoteStore(str(source))
-    where = shown(source)
+        store = RemoteStore(str(source))
+        with store.asked_once([*METADATA, *(f"{name}/zarr.json" for name in USUAL)]):
+            yield _opened(store, shown(source))
+    else:
+        yield _opened(source if isinstance(source, Store) or is_url(source) else str(Path(source)), shown(source))
+
+
+def _opened(place: Any, where: str) -> zarr.Group | zarr.Array[Any]:
     try:
         return zarr.open(place, mode="r")
     except StreamlrError:

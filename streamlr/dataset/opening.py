@@ -74,10 +74,10 @@ def open_dataset(
     """
     if missing not in MISSING_POLICIES:
         raise UsageError(f"missing is {missing!r}; allowed are 'error' and 'drop'")
-    node = open_node(source)
-    sealed = read_seal(node) if isinstance(node, zarr.Group) else None
     asked = [name for names in (target, features, weights) for name in ([names] if isinstance(names, str) else names or ())]
-    catalogue = _Catalogue(node, sealed, allow_missing_chunks, asked)
+    with open_node(source) as node:
+        sealed = read_seal(node) if isinstance(node, zarr.Group) else None
+        catalogue = _Catalogue(node, sealed, allow_missing_chunks, asked)
     target_rows, target_names = catalogue.targets(target)
     weight_rows = catalogue.weights(weights)
     taken = {*target_names, *([weights] if weights else [])}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cached_property, lru_cache
@@ -47,6 +47,8 @@ class RemoteStore(ObjectStore[Any]):
     def __init__(self, url: str) -> None:
         super(ObjectStore, self).__init__(read_only=True)  # past the constructor that wants obstore imported and the client made
         self.url = url.rstrip("/")
+        self._likely: tuple[str, ...] = ()
+        self._documents: dict[str, asyncio.Task[Buffer | Exception | None]] | None = None
 
     @cached_property
     def store(self) -> Any:  # made where it is first needed: a worker's errors then are a task's
@@ -82,8 +84,38 @@ class RemoteStore(ObjectStore[Any]):
             raise UsageError(f"{self.url} is opened for reading; write to a local disk and copy")
         return self
 
+    @contextmanager
+    def asked_once(self, likely: Iterable[str]) -> Iterator[None]:
+        """Ask for each document of metadata once while the block runs, and for the `likely` ones together with the first.
+
+        To open a group zarr asks up to four times, each time when it has been answered; and what is opened should be of one time.
+        """
+        self._likely, self._documents = tuple(likely), {}
+        try:
+            yield
+        finally:
+            documents, self._documents = self._documents, None
+            for task in documents.values():
+                task.get_loop().call_soon_threadsafe(task.cancel)
+
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         """Return what is at a key, or a part of it; None when nothing is."""
+        if self._documents is None or byte_range is not None or not key.endswith(METADATA):
+            return await self._get(key, prototype, byte_range)
+        for wanted in {key, *self._likely} - self._documents.keys():
+            self._documents[wanted] = asyncio.create_task(self._document(wanted, prototype))
+        found = await asyncio.shield(self._documents[key])
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    async def _document(self, key: str, prototype: BufferPrototype) -> Buffer | Exception | None:
+        try:
+            return await self._get(key, prototype, None)
+        except Exception as error:  # it is raised where the document is wanted
+            return error
+
+    async def _get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None) -> Buffer | None:
         try:
             with self._asking():
                 return await super().get(key, prototype, byte_range)

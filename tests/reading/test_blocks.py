@@ -16,6 +16,7 @@ from streamlr.dataset.blocks import (
     MAX_SPANS,
     MIN_SPAN_BYTES,
     TILE_BYTES,
+    WAITING_SPAN_BYTES,
     Block,
     Span,
     format_bytes,
@@ -124,6 +125,14 @@ def test_spans_balance_the_workers_within_their_bounds():
         size = max(span.stop - span.start for span in cut(n_rows, row_bytes)) * row_bytes
         assert size >= min(MIN_SPAN_BYTES, total)
         assert size <= MAX_SPAN_BYTES + 1024 * 1000 * row_bytes or len(cut(n_rows, row_bytes)) > MAX_SPANS // 2
+
+
+@given(st.integers(2**24, 2**40), st.integers(1, 64))
+def test_spans_from_a_store_with_latency_are_as_many_for_every_worker(total, workers):
+    found = cut(total // 100, 100, chunks=[1, 3], tile=64, workers=workers, waiting=True)
+    rounds = -(-total // (workers * WAITING_SPAN_BYTES))
+    assert len(found) <= workers * rounds
+    assert max(span.stop - span.start for span in found) * 100 <= max(1.2 * total / (workers * rounds), MIN_SPAN_BYTES + 100 * 3 * 64)
 
 
 def test_small_data_are_one_span():

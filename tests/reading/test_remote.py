@@ -135,6 +135,13 @@ class TestOpening:
         assert moments(f"http://127.0.0.1:{line.port}/{name}.zarr") == expected
         assert moments(f"http://127.0.0.1:{line.port}/{name}.zarr/") == expected
 
+    @pytest.mark.parametrize("name", ["sealed", "consolidated", "plain"])
+    def test_documents_are_asked_for_once_and_together(self, line, name):
+        line.requests()
+        streamlr.open_dataset(f"http://127.0.0.1:{line.port}/{name}.zarr")
+        asked = line.requests()
+        assert len({request["path"] for request in asked}) == len(asked) == max(request["under_way"] for request in asked)
+
     def test_arrays_that_cannot_be_listed_are_found_by_name(self, line, expected):
         url = f"http://127.0.0.1:{line.port}/named.zarr"
         assert moments(url, features="table", target="price") == expected
