@@ -67,7 +67,7 @@ class MadeReader:
     def __init__(self, n_columns: int) -> None:
         self.factors = np.arange(1, n_columns + 1) * 0.6180339887498949
 
-    def expect(self, start: int, stop: int) -> None:
+    def expect(self, spans: Any) -> None:
         """Do nothing: there is nothing to fetch."""
 
     def forget(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,9 +31,23 @@ class DatasetReader:
         self._weights = None if dataset.weights is None else _Beside([dataset.weights])
         self._sides = [side for side in (self._x, self._y, self._weights) if side is not None]
         self._room = Buffer()
+        self._expecting = False
+
+    @contextmanager
+    def expecting(self, spans: Sequence[Span]) -> Iterator[None]:
+        """Ask ahead for the rows of these spans, whose `blocks` are wanted next and in this order, while the block runs."""
+        self._expecting = True
+        self._expect(spans)
+        try:
+            yield
+        finally:
+            self._expecting = False
+            self._expect(())  # an error, or a caller that stops here, leaves no request behind
 
     def blocks(self, span: Span, report: Callable[[Tally], None], tile: int | None = None) -> Iterator[Block]:
         """Read the rows of a span: blocks that end where tiles end, promoted, checked and with missing rows left out.
+
+        The span's own rows are asked for ahead; and those of later spans where the caller is `expecting` them.
 
         Parameters
         ----------
@@ -48,8 +63,7 @@ class DatasetReader:
         Block
             Valid until the next one is asked for: its memory is used again.
         """
-        self._expect(span.start, span.stop)
-        try:
+        with nullcontext() if self._expecting else self.expecting([span]):
             missing_before = self._chunks_missing()
             for piece in tile_edges(span.start, span.stop, tile or self.dataset.tile_rows):
                 x, y = self._x.rows(piece), self._y.rows(piece)
@@ -61,17 +75,15 @@ class DatasetReader:
                 report(Tally(piece.stop - piece.start, dropped, by_column, chunks_missing - missing_before, frozenset(rounded)))
                 missing_before = chunks_missing
                 yield block
-        finally:
-            self._expect(span.stop, span.stop)  # an error, or a caller that stops here, leaves no request behind
 
     def forget(self) -> None:
         """Let go of what is held, but for its memory, as if nothing had been read."""
         for side in self._sides:
             side.forget()
 
-    def _expect(self, start: int, stop: int) -> None:
+    def _expect(self, spans: Sequence[Span]) -> None:
         for side in self._sides:
-            side.expect(start, stop)
+            side.expect(spans)
 
     def _chunks_missing(self) -> int:
         return sum(side.chunks_missing for side in self._sides)
@@ -139,10 +151,10 @@ class _Beside:
         """Absent chunks that were read as fill values so far."""
         return sum(reader.chunks_missing for reader in self._readers)
 
-    def expect(self, start: int, stop: int) -> None:
+    def expect(self, spans: Sequence[Span]) -> None:
         """Tell every reader which rows are read next."""
         for reader in self._readers:
-            reader.expect(start, stop)
+            reader.expect(spans)
 
     def forget(self) -> None:
         """Let go of what every reader holds."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from streamlr.dataset.blocks import Span
 from streamlr.errors import UnsupportedDtype
 
 NUMERIC_KINDS = "biuf"
@@ -18,8 +20,8 @@ class Reader(Protocol):
 
     chunks_missing: int
 
-    def expect(self, start: int, stop: int) -> None:
-        """Hear that the rows [start, stop) are read next, in order, and none after them that it is not told of."""
+    def expect(self, spans: Sequence[Span]) -> None:
+        """Hear that the rows of these spans are read next, in this order, and none after them that it is not told of."""
         ...
 
     def forget(self) -> None:
@@ -185,7 +187,7 @@ class MemoryReader:
         self.offset = offset
         self.chunks_missing = 0
 
-    def expect(self, start: int, stop: int) -> None:
+    def expect(self, spans: Sequence[Span]) -> None:
         """Do nothing: the rows are here."""
 
     def forget(self) -> None:

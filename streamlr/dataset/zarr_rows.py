@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import itertools
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,7 @@ import zarr
 from numpy.typing import NDArray
 from zarr.codecs import ShardingCodec
 
+from streamlr.dataset.blocks import Span
 from streamlr.dataset.buffers import Buffer
 from streamlr.dataset.codecs import KNOWN_V2, ChunkCodec, ZarrCodec, check_memory, chunk_codec
 from streamlr.dataset.integrity import array_fingerprint, check_current, local_root
@@ -179,10 +180,9 @@ class ZarrReader:
         self._held = -1
         self._pieces: list[NDArray[Any]] = []
 
-    def expect(self, start: int, stop: int) -> None:
-        """Ask the store for the chunks of the rows [start, stop), which are read next, and for no others any more."""
-        first, last = start // self._height, -(-stop // self._height)
-        self._stored.expect(self.rows.positions(first + (first == self._held), last) if start < stop else ())
+    def expect(self, spans: Sequence[Span]) -> None:
+        """Ask the store for the chunks of these spans, which are read next and in this order, and for no others any more."""
+        self._stored.expect(self._coming(spans))
 
     def forget(self) -> None:
         """Let go of the chunks that are held, and of what is known of shards."""
@@ -237,6 +237,14 @@ class ZarrReader:
                 raise
             decoded = codec.decode(stored, out, self._stored.describe, position)
         return decoded.reshape(self._height, -1)
+
+    def _coming(self, spans: Sequence[Span]) -> Iterator[Position]:
+        """Iterate over the chunks that reading these spans will ask for: not for one that is held by then."""
+        held = self._held
+        for span in spans:
+            first, last = span.start // self._height, -(-span.stop // self._height)
+            yield from self.rows.positions(first + (first == held), last)
+            held = last - 1
 
     def _filled(self, position: Position) -> NDArray[Any]:
         """Return what an absent chunk stands for, if it may be absent, and count it."""

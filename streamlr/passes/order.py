@@ -68,7 +68,7 @@ class Order:
         units = unit_spans(dataset, self.streams)
         if not self.shuffle:
             return units
-        return Shuffled(units, np.random.default_rng((self.seed, epoch)).permutation(len(units)))
+        return Picked(units, np.random.default_rng((self.seed, epoch)).permutation(len(units)))
 
     def stretches(
         self, pieces: Iterator[Piece], width: int, capacity: int, place: tuple[int, ...], start: Position = START
@@ -97,17 +97,17 @@ class Even(Sequence[Span]):
 
 
 @dataclass(frozen=True, slots=True)
-class Shuffled(Sequence[Span]):
-    """Units in another order."""
+class Picked(Sequence[Span]):
+    """Some of the units, or all in another order, by their numbers."""
 
     units: Sequence[Span]
-    order: NDArray[np.int64]
+    numbers: Sequence[int] | NDArray[np.int64]
 
     def __len__(self) -> int:
-        return len(self.order)
+        return len(self.numbers)
 
     def __getitem__(self, number: Any) -> Any:
-        return self.units[int(self.order[number])]
+        return self.units[int(self.numbers[number])]
 
 
 def unit_spans(dataset: Dataset, streams: int = 1) -> Sequence[Span]:

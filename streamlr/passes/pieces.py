@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from streamlr.dataset.blocks import Span
-from streamlr.dataset.checked import DatasetReader
+from streamlr.dataset.blocks import Block, Span
 from streamlr.dataset.dataset import Dataset
 from streamlr.dataset.tally import Tally
 from streamlr.errors import Cancelled
@@ -25,27 +24,17 @@ def new_piece(width: int) -> Array:
     return np.empty((max(PIECE_BYTES // (8 * width), 1), width))
 
 
-def unit_reader(dataset: Dataset) -> DatasetReader | None:
-    """Return a reader that keeps its memory from unit to unit; None where units are computed, each by itself."""
-    return None if dataset.lazy else dataset.reader()
-
-
 def prepared(
-    dataset: Dataset,
-    reader: DatasetReader | None,
-    unit: Span,
-    prepare: Prepare,
-    report: Callable[[Tally], None],
-    rooms: Iterator[Array],
-) -> Iterator[tuple[Array, int]]:
-    """Read a unit, and yield the memory of each piece and how many rows of it are filled.
+    dataset: Dataset, units: Sequence[Span], prepare: Prepare, report: Callable[[Tally], None], rooms: Iterator[Array]
+) -> Generator[Iterator[tuple[Array, int]], None, None]:
+    """Read units, and yield for each, whenever it has one, the memory of a piece and how many rows of it are filled.
 
     Parameters
     ----------
-    dataset, reader
-        The rows, and what `unit_reader` returned for them.
-    unit : Span
-        Which of them.
+    dataset : Dataset
+        The rows.
+    units : sequence of Span
+        Which of them. A unit is read to its end before the next one is asked for; but the store hears of it before.
     prepare : callable
         Writes rows x (m, p) and y (m, k), with their weights (m,) or None, into `out` (m, width).
     report : callable
@@ -58,7 +47,17 @@ def prepared(
     Cancelled
         There was no more memory: nobody wants the rows.
     """
-    blocks = with_computed(dataset, unit).blocks(unit, report) if reader is None else reader.blocks(unit, report)
+    if dataset.lazy:
+        for unit in units:
+            yield _pieces(with_computed(dataset, unit).blocks(unit, report), prepare, rooms)
+        return
+    reader = dataset.reader()  # which keeps its memory from unit to unit
+    with reader.expecting(units):
+        for unit in units:
+            yield _pieces(reader.blocks(unit, report), prepare, rooms)
+
+
+def _pieces(blocks: Iterator[Block], prepare: Prepare, rooms: Iterator[Array]) -> Iterator[tuple[Array, int]]:
     for block in blocks:
         first = 0
         while first < len(block.x):

@@ -19,8 +19,8 @@ from streamlr.dataset.dataset import Dataset
 from streamlr.dataset.tally import Tally
 from streamlr.errors import MemoryLimitExceeded, UsageError
 from streamlr.passes.memory import one_blas_thread
-from streamlr.passes.order import Order, unit_spans
-from streamlr.passes.pieces import Prepare, new_piece, prepared, unit_reader
+from streamlr.passes.order import Order, Picked, unit_spans
+from streamlr.passes.pieces import Prepare, new_piece, prepared
 from streamlr.passes.planning import make_plan
 from streamlr.passes.progress import Callback, running_pass, share_of_pass
 from streamlr.passes.shuffle import START, Piece, Position, Stretch
@@ -193,8 +193,8 @@ class RowStream:
                     share.note(Tally(rows=skipped))
             threads = []
             for i, lane in enumerate(lanes):
-                own = range(start.unit + i, len(units), len(lanes))
-                run, work = copy_context().run, (self._read, lane, units, own, key)  # the context knows the active client
+                own = Picked(units, range(start.unit + i, len(units), len(lanes)))
+                run, work = copy_context().run, (self._read, lane, own, key)  # the context knows the active client
                 threads.append(Thread(target=run, args=work, name=f"streamlr_reader-{i}", daemon=True))
             try:
                 for thread in threads:
@@ -220,13 +220,16 @@ class RowStream:
             if whole:
                 end(self.dataset, self._before, self.tally)
 
-    def _read(self, lane: _Lane, units: Sequence[Span], own: range, key: str) -> None:
+    def _read(self, lane: _Lane, units: Sequence[Span], key: str) -> None:
         """Thread: read units, prepare their rows, and hand them over; an error is handed over too."""
         try:
-            with share_of_pass(key) as share, np.errstate(all="ignore"):  # what leaves the range of float64 shows in the descent
-                reader = unit_reader(self.dataset)
-                for number in own:
-                    for piece in prepared(self.dataset, reader, units[number], self.prepare, share.note, lane.rooms()):
+            with (
+                share_of_pass(key) as share,
+                np.errstate(all="ignore"),  # what leaves the range of float64 shows in the descent
+                closing(prepared(self.dataset, units, self.prepare, share.note, lane.rooms())) as found,
+            ):
+                for unit in found:
+                    for piece in unit:
                         lane.full.put(piece)
                     lane.tally = share.tally
                     lane.full.put(None)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from itertools import repeat
 from typing import TypeVar
 
@@ -14,8 +15,8 @@ from streamlr.dataset.blocks import Span
 from streamlr.dataset.dataset import Dataset
 from streamlr.dataset.tally import Tally
 from streamlr.passes.memory import one_blas_thread
-from streamlr.passes.order import Order
-from streamlr.passes.pieces import Prepare, new_piece, prepared, unit_reader
+from streamlr.passes.order import Order, Picked
+from streamlr.passes.pieces import Prepare, new_piece, prepared
 from streamlr.passes.progress import Callback, Share, running_pass, share_of_pass
 from streamlr.passes.shuffle import Piece
 from streamlr.passes.tasks import begin, compute, end, errors_of_graphs, one_at_a_time, tasks_of
@@ -85,9 +86,14 @@ def read_stream(
 ) -> tuple[R, Tally]:
     """Task: give the stretches of one stream of an epoch to `use`."""
     units, capacity = order.units(dataset, number), order.capacity(dataset, width)
-    own = (units[i] for i in range(stream, len(units), order.streams))
-    with one_at_a_time(dataset), share_of_pass(key) as share, one_blas_thread(), np.errstate(all="ignore"):
-        pieces = _pieces(dataset, own, prepare, width, share)
+    own = Picked(units, range(stream, len(units), order.streams))
+    with (
+        one_at_a_time(dataset),
+        share_of_pass(key) as share,
+        one_blas_thread(),
+        np.errstate(all="ignore"),
+        closing(_pieces(dataset, own, prepare, width, share)) as pieces,
+    ):
         value = use(stretch for stretch, _ in order.stretches(pieces, width, capacity, (number, stream)))
     return value, share.tally
 
@@ -97,10 +103,9 @@ def gather(*parts: tuple[R, Tally]) -> list[tuple[R, Tally]]:
     return list(parts)
 
 
-def _pieces(dataset: Dataset, units: Iterable[Span], prepare: Prepare, width: int, share: Share) -> Iterator[Piece]:
-    reader, rooms = unit_reader(dataset), repeat(new_piece(width))
-    for number, unit in enumerate(units):
+def _pieces(dataset: Dataset, units: Sequence[Span], prepare: Prepare, width: int, share: Share) -> Generator[Piece, None, None]:
+    for number, unit in enumerate(prepared(dataset, units, prepare, share.note, repeat(new_piece(width)))):
         offset = 0
-        for room, filled in prepared(dataset, reader, unit, prepare, share.note, rooms):
+        for room, filled in unit:
             yield Piece(number, offset, room[:filled])
             offset += filled

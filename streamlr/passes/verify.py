@@ -108,7 +108,7 @@ def check_rows_of_chunks(rows: ZarrRows, key: str, row_chunks: Span) -> tuple[in
     count = 0
     problems: list[Problem] = []
     with share_of_pass(key) as share:
-        reader.expect(row_chunks.start * height, min(row_chunks.stop * height, rows.n_rows))
+        reader.expect([Span(row_chunks.start * height, min(row_chunks.stop * height, rows.n_rows))])
         try:
             for position in rows.positions(row_chunks.start, row_chunks.stop):
                 count += 1
@@ -119,5 +119,5 @@ def check_rows_of_chunks(rows: ZarrRows, key: str, row_chunks: Span) -> tuple[in
                 if position[1:] in ((), (0,)):
                     share.note(Tally(rows=min(height, rows.n_rows - position[0] * height)))
         finally:
-            reader.expect(0, 0)  # an error leaves no request behind
+            reader.expect(())  # an error leaves no request behind
     return count, problems

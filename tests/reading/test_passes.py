@@ -23,6 +23,7 @@ from zarr.storage import MemoryStore, WrapperStore
 import streamlr
 from streamlr.aggregates.cost import ResidualsOf
 from streamlr.aggregates.moments import MomentsOf
+from streamlr.dataset import read_ahead
 from streamlr.dataset.blocks import Span
 from streamlr.errors import Cancelled, DataError, MemoryLimitExceeded, OutputExists, UsageError
 from streamlr.passes.memory import one_blas_thread
@@ -78,6 +79,13 @@ def expected_keys(*layouts: tuple[str, tuple[int, ...], tuple[int, ...]]) -> set
     return keys
 
 
+@pytest.fixture
+def four_workers():
+    """Each of which gets a span of rows that are asked for ahead."""
+    with dask.config.set(num_workers=4):
+        yield
+
+
 class TestReadings:
     """Each chunk is read once a pass."""
 
@@ -92,6 +100,7 @@ class TestReadings:
             ((999, P), (333,)),
         ],
     )
+    @pytest.mark.usefixtures("four_workers")
     def test_fit_evaluate_and_predict(self, rows, model, tmp_path, x_chunks, y_chunks):
         store, dataset = counted(rows, x_chunks, y_chunks)
         assert streamlr.plan(dataset).n_spans > 2
@@ -341,8 +350,9 @@ class TestProgress:
             streamlr.fit(streamlr.Dataset(*rows), progress=fail)
         assert threading.active_count() <= before + 4
 
-    def test_no_task_works_on_after_an_error(self, rows, tmp_path, model):
+    def test_no_task_works_on_after_an_error(self, rows, tmp_path, model, monkeypatch):
         """What is cancelled neither reads nor writes any more by the time the caller hears of it."""
+        monkeypatch.setattr(read_ahead, "REQUESTS", 8)  # under way at once, of all 80
         store, dataset = counted(rows, (1000, P), (1000,))
 
         def fail(event):

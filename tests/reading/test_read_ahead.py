@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 from collections import Counter
 from contextlib import closing
@@ -13,7 +14,7 @@ import dask
 import numpy as np
 import pytest
 import zarr
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.core.sync import sync
@@ -199,14 +200,51 @@ def test_spans_that_share_a_chunk_read_it_once(memory, rows):
     assert set(store.asked.values()) == {1}
 
 
+@settings(deadline=None, max_examples=20)
+@given(st.lists(st.integers(1, N - 1), max_size=6, unique=True), st.randoms(use_true_random=False))
+def test_spans_in_any_order_that_are_expected_ask_for_what_each_would_ask_for_by_itself(memory, rows, edges, shuffling):
+    ends = [0, *sorted(edges), N]
+    spans = [Span(a, b) for a, b in itertools.pairwise(ends)]
+    shuffling.shuffle(spans)
+    alone, together = WatchedStore(memory), WatchedStore(memory)
+    one, other = opened(alone).reader(), opened(together).reader()
+    for span in spans:
+        read_span(one, span)
+    with other.expecting(spans):
+        for span in spans:
+            x, y = read_span(other, span)
+            assert (x == rows[0][span.start : span.stop]).all()
+            assert (y == rows[1][span.start : span.stop]).all()
+    asked_alone, asked_together = (
+        {key: count for key, count in store.asked.items() if "Suffix" not in key[1]} for store in (alone, together)
+    )
+    assert asked_together == asked_alone
+    assert together.settled() == 0
+
+
+def read_span(reader, span: Span) -> tuple[np.ndarray, np.ndarray]:
+    blocks = [block.copy() for block in reader.blocks(span, lambda tally: None)]
+    return np.concatenate([block.x for block in blocks]), np.concatenate([block.y[:, 0] for block in blocks])
+
+
+def test_spans_that_are_expected_are_under_way_before_their_turn(memory):
+    store = WatchedStore(memory)
+    spans = [Span(start, start + CHUNK) for start in range(0, N, CHUNK)]
+    reader = opened(store).reader()
+    with reader.expecting(spans):
+        read_span(reader, spans[0])
+    assert store.most["X"] >= REQUESTS - 1
+    assert store.settled() == 0
+
+
 def test_a_reader_that_is_sent_elsewhere_drops_what_it_asked_for(memory, rows):
     reader = opened(WatchedStore(memory)).features[0].reader()
-    reader.expect(0, N)
-    reader.expect(CHUNK, N)  # while the first index of the shards is still under way
+    reader.expect([Span(0, N)])
+    reader.expect([Span(CHUNK, N)])  # while the first index of the shards is still under way
     out = np.empty((N - CHUNK, P))
     reader.read_into(out, CHUNK)
     assert (out == rows[0][CHUNK:]).all()
-    reader.expect(0, N)
+    reader.expect([Span(0, N)])
     reader.read_into(out, 0)  # not all of it, and then something else that nobody announced
     reader.read_into(out, CHUNK)
     assert (out == rows[0][CHUNK:]).all()
