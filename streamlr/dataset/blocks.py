@@ -117,7 +117,7 @@ def spans(
     whole_tiles: bool,
     waiting: bool = False,
 ) -> list[Span]:
-    """Cut the rows into spans: few enough to schedule, enough to balance, ending where chunks end.
+    """Cut the rows into spans: few enough to schedule, enough to balance, about as long as each other, ending where chunks end.
 
     Parameters
     ----------
@@ -150,13 +150,15 @@ def spans(
         wanted_rows = max(wanted_rows, -(-n_rows // (together * rounds)))
     if whole_tiles:
         rows = tile * 2 ** max(math.ceil(math.log2(wanted_rows / tile)), 0)
-    else:
-        shared = math.lcm(*chunks)
-        most = wanted_rows // SPANS_PER_WORKER if waiting else wanted_rows
-        near_enough = [unit for unit in (math.lcm(shared, tile), shared) if unit <= most]
-        unit = near_enough[0] if near_enough else chunks[0]
-        rows = unit * -(-wanted_rows // unit)
-    return [Span(start, min(start + rows, n_rows)) for start in range(0, n_rows, rows)]
+        return [Span(start, min(start + rows, n_rows)) for start in range(0, n_rows, rows)]
+    shared = math.lcm(*chunks)
+    edges_wanted, most = ([shared], wanted_rows // 2) if waiting else ([math.lcm(shared, tile), shared], wanted_rows)
+    unit = next((unit for unit in edges_wanted if unit <= most), chunks[0])
+    units = -(-n_rows // unit)
+    count = min(-(-n_rows // wanted_rows), units)
+    count -= count % workers if count > workers else 0
+    edges = [min(number * units // count * unit, n_rows) for number in range(count + 1)]
+    return [Span(start, stop) for start, stop in itertools.pairwise(edges)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -127,6 +127,14 @@ def test_spans_balance_the_workers_within_their_bounds():
         assert size <= MAX_SPAN_BYTES + 1024 * 1000 * row_bytes or len(cut(n_rows, row_bytes)) > MAX_SPANS // 2
 
 
+@given(st.integers(1, 10**10), st.integers(1, 10**4), st.integers(1, 10**5), st.integers(1, 64), st.booleans())
+def test_spans_differ_by_one_chunk_and_are_as_many_for_every_worker(n_rows, row_bytes, chunk, workers, waiting):
+    found = cut(n_rows, row_bytes, chunks=[chunk], tile=chunk, workers=workers, waiting=waiting)
+    heights = {-(-(span.stop - span.start) // chunk) for span in found}
+    assert max(heights) - min(heights) <= 1
+    assert len(found) <= workers or len(found) % workers == 0
+
+
 @given(st.integers(2**18, 2**34), st.integers(1, 64))
 def test_spans_from_a_store_with_latency_are_as_many_for_every_worker(n_rows, workers):
     found = cut(n_rows, 100, chunks=[1, 3], tile=64, workers=workers, waiting=True)
