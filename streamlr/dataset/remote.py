@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cached_property, lru_cache
@@ -95,8 +95,7 @@ class RemoteStore(ObjectStore[Any]):
             yield
         finally:
             documents, self._documents = self._documents, None
-            for task in documents.values():
-                task.get_loop().call_soon_threadsafe(task.cancel)
+            sync(_dropped(documents.values()))
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         """Return what is at a key, or a part of it; None when nothing is."""
@@ -178,6 +177,13 @@ def absent(store: RemoteStore, keys: Sequence[str]) -> int:
         return sync(_absent(store, keys))
     except OSError as error:
         raise StoreUnreachable(f"{store} does not tell what it holds: {error}; check network and credentials") from error
+
+
+async def _dropped(tasks: Collection[asyncio.Task[Any]]) -> None:
+    """Cancel requests, and wait until they have ended: the loop may end before they would."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _absent(store: RemoteStore, keys: Sequence[str]) -> int:

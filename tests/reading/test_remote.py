@@ -167,6 +167,12 @@ class TestOpening:
         assert time.monotonic() - began < ENDS
         assert caught.value.exit_status == 5
 
+    def test_nobody_there_is_all_that_a_command_says(self):
+        done = run("fit", "http://127.0.0.1:1/a.zarr")
+        assert done.returncode == 5
+        assert done.stderr.startswith("error: http://127.0.0.1:1/a.zarr cannot be read")
+        assert len(done.stderr.splitlines()) == 1, "no task that was left behind complains when the process ends"
+
     def test_refused(self, line, url):
         line.fail({".json": ("403", None)})
         with pytest.raises(StoreUnreachable, match=r"403.*credentials in the environment"):
