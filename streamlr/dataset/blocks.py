@@ -134,7 +134,7 @@ def spans(
         Cut at power-of-two numbers of tiles instead, so that a span leaves one node of the merge tree; for many columns,
         where open nodes cost more than decoding a chunk at the edge twice.
     waiting : bool
-        Prefer longer spans, as many for every worker: chunks are asked for ahead, but not before their span begins.
+        Prefer longer spans: chunks are asked for ahead, but not before their span begins.
 
     Examples
     --------

@@ -37,8 +37,8 @@ class DatasetReader:
     def expecting(self, spans: Sequence[Span]) -> Iterator[None]:
         """Ask ahead for the rows of these spans, whose `blocks` are wanted next and in this order, while the block runs."""
         self._expecting = True
-        self._expect(spans)
         try:
+            self._expect(spans)
             yield
         finally:
             self._expecting = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cached_property, lru_cache
@@ -94,16 +94,23 @@ class RemoteStore(ObjectStore[Any]):
         try:
             yield
         finally:
-            documents, self._documents = self._documents, None
-            sync(_dropped(documents.values()))
+            sync(self._asked_enough())
+
+    async def _asked_enough(self) -> None:
+        """Drop what was asked for in vain, and wait until that has ended: the loop may end before it would."""
+        tasks, self._documents = list((self._documents or {}).values()), None
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         """Return what is at a key, or a part of it; None when nothing is."""
-        if self._documents is None or byte_range is not None or not key.endswith(METADATA):
+        documents = self._documents
+        if documents is None or byte_range is not None or not key.endswith(METADATA):
             return await self._get(key, prototype, byte_range)
-        for wanted in {key, *self._likely} - self._documents.keys():
-            self._documents[wanted] = asyncio.create_task(self._document(wanted, prototype))
-        found = await asyncio.shield(self._documents[key])
+        for wanted in {key, *self._likely} - documents.keys():
+            documents[wanted] = asyncio.create_task(self._document(wanted, prototype))
+        found = await asyncio.shield(documents[key])
         if isinstance(found, Exception):
             raise found
         return found
@@ -177,13 +184,6 @@ def absent(store: RemoteStore, keys: Sequence[str]) -> int:
         return sync(_absent(store, keys))
     except OSError as error:
         raise StoreUnreachable(f"{store} does not tell what it holds: {error}; check network and credentials") from error
-
-
-async def _dropped(tasks: Collection[asyncio.Task[Any]]) -> None:
-    """Cancel requests, and wait until they have ended: the loop may end before they would."""
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _absent(store: RemoteStore, keys: Sequence[str]) -> int:

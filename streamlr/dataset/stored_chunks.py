@@ -205,15 +205,16 @@ class StoredChunks:
     def _ask_inner(self, position: Position) -> Question[Early]:
         """Ask for a chunk in a shard; for the shard's index too, where nobody has yet."""
         shard, place = self._placed(position)
-        if shard in self._shards or self._index is None:
-            return partial(self._ask_part, shard, place, None)
+        if shard in self._shards or self._index is None:  # by its turn, others may have taken the shard's place
+            return partial(self._ask_part, shard, place, None, self._shards.get(shard))
         if shard not in self._indexes:
             self._indexes[shard] = self._ahead.start(self._ask_index(shard, self._index))
-        return partial(self._ask_part, shard, place, self._indexes[shard])
+        return partial(self._ask_part, shard, place, self._indexes[shard], None)
 
-    async def _ask_part(self, shard: Position, place: Position, index: Future[tuple[Answer, Entries | None]] | None) -> Early:
+    async def _ask_part(
+        self, shard: Position, place: Position, index: Future[tuple[Answer, Entries | None]] | None, entries: Entries | None
+    ) -> Early:
         early: list[Answer] = []
-        entries = self._shards.get(shard)
         if index is not None:
             answer, entries = await asyncio.wrap_future(index)
             early = [answer]

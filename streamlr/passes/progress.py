@@ -154,6 +154,12 @@ class PassElsewhere:
             with self._lock:
                 self.tasks -= 1
 
+    def cancel(self) -> int:
+        """Make every task stop at its next tile; return how many have not yet."""
+        with self._lock:
+            self.cancelled = True
+            return self.tasks
+
     def note(self, tally: Tally) -> None:
         """Count rows that were read, and raise `Cancelled` when the pass is to stop."""
         if self.cancelled:
@@ -185,9 +191,7 @@ def _pass_elsewhere(key: str) -> PassElsewhere:
 
 def stop_tasks(key: str) -> int:
     """Make the tasks that this process runs of another's pass stop at their next tile; return how many have not yet."""
-    state = _pass_elsewhere(key)
-    state.cancelled = True
-    return state.tasks
+    return _pass_elsewhere(key).cancel()
 
 
 def topic_of(key: str) -> str:

@@ -104,8 +104,9 @@ def gather(*parts: tuple[R, Tally]) -> list[tuple[R, Tally]]:
 
 
 def _pieces(dataset: Dataset, units: Sequence[Span], prepare: Prepare, width: int, share: Share) -> Generator[Piece, None, None]:
-    for number, unit in enumerate(prepared(dataset, units, prepare, share.note, repeat(new_piece(width)))):
-        offset = 0
-        for room, filled in unit:
-            yield Piece(number, offset, room[:filled])
-            offset += filled
+    with closing(prepared(dataset, units, prepare, share.note, repeat(new_piece(width)))) as found:
+        for number, unit in enumerate(found):
+            offset = 0
+            for room, filled in unit:
+                yield Piece(number, offset, room[:filled])
+                offset += filled
