@@ -88,7 +88,7 @@ class RemoteStore(ObjectStore[Any]):
     def asked_once(self, likely: Iterable[str]) -> Iterator[None]:
         """Ask for each document of metadata once while the block runs, and for the `likely` ones together with the first.
 
-        To open a group zarr asks up to four times, each time when it has been answered; and what is opened should be of one time.
+        A group and its arrays are three questions or more, each asked when the one before was answered; and several are the same.
         """
         self._likely, self._documents = tuple(likely), {}
         try:
