@@ -65,6 +65,11 @@ class ChunkCodec:
     def __post_init__(self) -> None:
         object.__setattr__(self, "nbytes", math.prod(self.shape) * self.dtype.itemsize)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether a chunk decodes to float64 in C order, of this machine's byte order."""
+        return self.dtype == np.float64 and self.order == "C"
+
     def decode(
         self, stored: Stored, out: NDArray[np.uint8], describe: Callable[[Position], str], position: Position
     ) -> NDArray[Any]:

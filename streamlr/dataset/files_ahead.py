@@ -5,17 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from io import FileIO
 
 from zarr.abc.store import ByteRequest, RangeByteRequest, SuffixByteRequest
 
 from streamlr.dataset.buffers import Buffer
 
 ADVISED = hasattr(os, "posix_fadvise")  # not on macOS and Windows
+READING = os.O_RDONLY | getattr(os, "O_BINARY", 0)  # Windows would change ends of lines
 
 
 class Files:
-    """Reads files below a folder.
+    """Reads files below a folder, with a call of the system for each step and none besides.
+
+    Each call lets go of the interpreter's lock, which the other readers of small chunks hold when it comes back.
 
     Parameters
     ----------
@@ -26,46 +28,60 @@ class Files:
     def __init__(self, folder: str) -> None:
         self._folder = folder
         self._coming: Iterator[str] = iter(())
-        self._next: tuple[str, FileIO] | None = None
+        self._next: tuple[str, int] | None = None
 
     def expect(self, keys: Iterable[str]) -> None:
         """Hear which files are read next, in this order; whatever was expected before is forgotten."""
-        if self._next is not None:
-            self._next[1].close()
-        self._next, self._coming = None, iter(keys if ADVISED else ())
+        opened, self._next = self._next, None
+        if opened is not None:
+            os.close(opened[1])
+        self._coming = iter(keys if ADVISED else ())
         self._open_next()
 
     def read(self, key: str, request: ByteRequest | None, buffer: Buffer) -> memoryview:
         """Read a file, or a part of it, into the memory of `buffer`."""
         if self._next is None or self._next[0] != key:
-            with open(self._folder + key, "rb", buffering=0) as file:
-                return _read(file, request, buffer)
+            return _read(os.open(self._folder + key, READING), request, buffer)
         file, self._next = self._next[1], None
         try:
-            with file:
-                return _read(file, request, buffer)
+            return _read(file, request, buffer)
         finally:
             self._open_next()
 
     def _open_next(self) -> None:
         """Open the next file and have the kernel fetch it: small files are no faster read than the disk answers for each."""
         for key in self._coming:
-            with suppress(OSError):  # raised when the file is wanted
-                self._next = key, open(self._folder + key, "rb", buffering=0)  # noqa: SIM115 - `read` or `expect` closes it
-                os.posix_fadvise(self._next[1].fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
-            if self._next is not None:
-                return
+            try:
+                file = os.open(self._folder + key, READING)  # `read` or `expect` closes it
+            except OSError:
+                continue  # raised when the file is wanted
+            self._next = key, file
+            with suppress(OSError):
+                os.posix_fadvise(file, 0, 0, os.POSIX_FADV_WILLNEED)
+            return
 
 
-def _read(file: FileIO, request: ByteRequest | None, buffer: Buffer) -> memoryview:
-    start, stop = 0, file.seek(0, 2)
-    if isinstance(request, SuffixByteRequest):
-        start = max(stop - request.suffix, 0)
-    elif isinstance(request, RangeByteRequest):
-        start, stop = min(request.start, stop), min(request.end, stop)
-    file.seek(start)
-    view = buffer.take(stop - start).data
-    done = file.readinto(view)
-    while done < len(view) and (count := file.readinto(view[done:])):
-        done += count
-    return view[:done]
+def _read(file: int, request: ByteRequest | None, buffer: Buffer) -> memoryview:
+    """Read an open file, or a part of it, and close it."""
+    try:
+        start, stop = 0, os.fstat(file).st_size
+        if isinstance(request, SuffixByteRequest):
+            start = max(stop - request.suffix, 0)
+        elif isinstance(request, RangeByteRequest):
+            start, stop = min(request.start, stop), min(request.end, stop)
+        view, done = buffer.take(stop - start).data, 0
+        while done < len(view) and (count := _fill(view[done:], file, start + done)):
+            done += count
+        return view[:done]
+    finally:
+        os.close(file)
+
+
+def _fill(view: memoryview, file: int, offset: int) -> int:
+    """Read from an offset on, as much as comes at once, and return the number of bytes."""
+    if hasattr(os, "preadv"):  # not on Windows
+        return os.preadv(file, [view], offset)
+    os.lseek(file, offset, os.SEEK_SET)
+    found = os.read(file, len(view))
+    view[: len(found)] = found
+    return len(found)

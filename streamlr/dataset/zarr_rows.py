@@ -175,6 +175,8 @@ class ZarrReader:
         self._in_place = isinstance(self._codec, ChunkCodec) and self._codec.compressor is None
         self._copies = _column_copies(rows)
         self._whole = rows.column_chunks == (0,) and rows.column_positions == tuple(range(rows.row_bytes // rows.dtype.itemsize))
+        # a chunk that is all of some rows, as they are computed with, is decoded where they are wanted
+        self._plain = self._whole and isinstance(self._codec, ChunkCodec) and self._codec.is_plain
         self._read: defaultdict[int, Buffer] = defaultdict(Buffer)
         self._decoded: defaultdict[int, Buffer] = defaultdict(Buffer)
         self._held = -1
@@ -194,10 +196,13 @@ class ZarrReader:
         height = self._height
         stop = start + len(out)
         for row_chunk in range(start // height, -(-stop // height)):
-            if row_chunk != self._held:
-                self._hold(row_chunk)
             first, last = max(start, row_chunk * height), min(stop, (row_chunk + 1) * height)
             target = out[first - start : last - start]
+            if row_chunk != self._held:
+                if self._plain and last - first == height and target.flags.c_contiguous:
+                    self._decode_into(target, row_chunk)
+                    continue
+                self._hold(row_chunk)
             for piece, (to, source) in zip(self._pieces, self._copies, strict=True):
                 target[:, to] = piece[first - row_chunk * height : last - row_chunk * height, source]
 
@@ -211,10 +216,10 @@ class ZarrReader:
             self._hold(row_chunk)
         return as_float64(self._pieces[0][start - row_chunk * height : stop - row_chunk * height])
 
-    def chunk(self, position: Position) -> NDArray[Any]:
+    def chunk(self, position: Position, into: NDArray[np.uint8] | None = None) -> NDArray[Any]:
         """Return the decoded chunk at `position`, as (rows, columns), after every check that needs no other chunk.
 
-        It is valid until the next chunk of the same columns is asked for.
+        It is valid until the next chunk of the same columns is asked for, and lies in `into` where that is given and the codec can.
 
         Raises
         ------
@@ -231,7 +236,7 @@ class ZarrReader:
             decoded = codec.decode(stored, self._stored.describe, position)
         else:
             try:
-                out = self._decoded[column].take(0 if self._in_place else codec.nbytes)
+                out = self._decoded[column].take(0 if self._in_place else codec.nbytes) if into is None else into
             except (MemoryError, OSError) as error:
                 check_memory(error, self._stored.describe(position), codec.nbytes)
                 raise
@@ -260,6 +265,13 @@ class ZarrReader:
         self._pieces = []  # and its memory is free for the next one
         self._pieces = [self.chunk((row_chunk, *columns)) for columns in self._positions]
         self._held = row_chunk
+
+    def _decode_into(self, target: NDArray[np.float64], row_chunk: int) -> None:
+        """Fill `target` with all rows of a chunk, which is not held then: nobody asks for its rows twice in a row."""
+        self._held, self._pieces = -1, []
+        numbers = self.chunk((row_chunk, *self._positions[0]), target.reshape(-1).view(np.uint8))
+        if not np.may_share_memory(numbers, target):
+            target[...] = numbers
 
     def _absence(self, position: Position) -> str:
         root = local_root(self.rows.array)

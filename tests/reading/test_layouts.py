@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
 
 import dask
 import dask.array as da
@@ -18,6 +19,8 @@ from zarr.storage import MemoryStore
 
 import streamlr
 from streamlr.aggregates.moments import MomentsOf
+from streamlr.dataset.blocks import Span
+from streamlr.dataset.codecs import ChunkCodec
 from streamlr.passes.planning import plan_pass
 
 WIDE = 300  # columns: tiles of 2,048 rows, and spans of whole tiles
@@ -293,6 +296,45 @@ def test_slash_between_chunk_numbers_of_v2(small):
     from zarr.core.chunk_key_encodings import V2ChunkKeyEncoding
 
     check(small, zarr_format=2, x_options={"chunk_key_encoding": V2ChunkKeyEncoding(separator="/"), "chunks": (1_500, 4)})
+
+
+def test_chunks_named_as_somebody_likes(small):
+    """zarr takes encodings of chunk keys that it did not come with."""
+    encodings = pytest.importorskip("zarr.core.chunk_key_encodings")
+    if not hasattr(zarr.registry, "register_chunk_key_encoding"):
+        pytest.skip("this zarr takes no encoding of chunk keys but its own")
+
+    @dataclass(frozen=True)
+    class Backwards(encodings.ChunkKeyEncoding):
+        name = "tests.backwards"
+
+        def to_dict(self):
+            return {"name": self.name, "configuration": {}}
+
+        def encode_chunk_key(self, chunk_coords):
+            return "-".join(str(number)[::-1] for number in reversed(chunk_coords)) + "-chunk"
+
+    zarr.registry.register_chunk_key_encoding(Backwards.name, Backwards)
+    check(small, x_options={"chunk_key_encoding": Backwards(), "chunks": (100, 2)})
+
+
+def test_chunks_within_a_tile_are_decoded_where_their_rows_are_wanted(small, monkeypatch):
+    x, y, _ = small
+    places = []
+    decode = ChunkCodec.decode
+
+    def note(codec, stored, out, *rest):
+        places.append(out)
+        return decode(codec, stored, out, *rest)
+
+    monkeypatch.setattr(ChunkCodec, "decode", note)
+    dataset = streamlr.open_dataset(group_of(x, y, x_options={"chunks": (100, x.shape[1])}, y_options={"chunks": (len(y),)}))
+    for block in dataset.reader().blocks(Span(0, dataset.n_rows), lambda tally: None):
+        within = sum(np.shares_memory(place, block.x) for place in places)
+        whole = block.stop // 100 - -(-block.start // 100)
+        assert within == whole >= 2
+        assert (block.x == x[block.start : block.stop]).all()
+        places.clear()
 
 
 def test_columns_as_separate_arrays(narrow, tmp_path):
