@@ -245,8 +245,12 @@ class Problem:
         self.ridge, self.k = ridge, k
         self.b = rng.integers(-9, 10, (2 + intercept, k)).astype(float) / 4
 
-    def batch(self, start: int = 0, stop: int | None = None) -> tuple[Array, Array, Array | None]:
-        return self.coordinates.parts(prepared(self.coordinates, self.columns, self.weights)[start:stop])
+    def rows(self, start: int = 0, stop: int | None = None) -> Array:
+        return prepared(self.coordinates, self.columns, self.weights)[start:stop]
+
+    @property
+    def measure(self) -> Array:
+        return self.coordinates.measure(self.b)
 
     def cost(self, b: list[list[Fraction]], batch_rows: int) -> list[Fraction]:
         """J_B of each target by its definition in the user's units: what a row is, and what is penalised."""
@@ -275,12 +279,12 @@ problems = st.builds(
 def test_gradient_and_curvature_are_the_exact_differences_of_the_cost(problem: Problem, batch_rows: int):
     """Of a quadratic, central differences are the derivative and second differences the curvature, exactly."""
     objective = Objective(problem.coordinates, batch_rows, problem.ridge)
-    gradient, residuals = objective.gradient(problem.batch(), problem.b)
+    gradient, residuals = objective.gradient(problem.rows(), problem.measure)
     b = fractions_of(problem.b)
     middle = problem.cost(b, batch_rows)
     directions = np.random.default_rng(1).integers(-4, 5, (len(b), problem.k)).astype(float)
     directions[:, 0] = np.eye(len(b))[0]
-    curvature = objective.curvature(problem.batch(), directions)
+    curvature = objective.curvature(problem.rows(), directions)
     steps = fractions_of(directions)
 
     def at(sign: int, change: list[list[Fraction]]) -> list[Fraction]:
@@ -294,7 +298,7 @@ def test_gradient_and_curvature_are_the_exact_differences_of_the_cost(problem: P
             unit = [[Fraction(int((row, column) == (i, j))) for column in range(problem.k)] for row in range(len(b))]
             slope = (at(1, unit)[j] - at(-1, unit)[j]) / 2
             assert gradient[i, j] == pytest.approx(float(slope), rel=1e-13, abs=1e-13 * float(1 + middle[j]))
-    a, y, _ = problem.batch()
+    a, y, _ = problem.coordinates.parts(problem.rows())
     np.testing.assert_array_equal(residuals, y - a @ problem.b)
 
 
@@ -302,11 +306,11 @@ def test_gradient_and_curvature_are_the_exact_differences_of_the_cost(problem: P
 def test_short_batches_weigh_each_row_alike(problem: Problem, cut: int):
     """Gradients of the pieces of a batch, each divided by its nominal size, add up to that of the whole; penalties as well."""
     objective = Objective(problem.coordinates, 7, problem.ridge)
-    whole, _ = objective.gradient(problem.batch(), problem.b)
-    first, _ = objective.gradient(problem.batch(0, cut), problem.b)
-    second, _ = objective.gradient(problem.batch(cut), problem.b)
+    whole, _ = objective.gradient(problem.rows(), problem.measure)
+    first, _ = objective.gradient(problem.rows(0, cut), problem.measure)
+    second, _ = objective.gradient(problem.rows(cut), problem.measure)
     np.testing.assert_allclose(first + second, whole, rtol=1e-12, atol=1e-10)
-    bends = [objective.curvature(problem.batch(*part), problem.b) for part in ((0, None), (0, cut), (cut, None))]
+    bends = [objective.curvature(problem.rows(*part), problem.b) for part in ((0, None), (0, cut), (cut, None))]
     np.testing.assert_allclose(bends[1] + bends[2], bends[0], rtol=1e-12, atol=1e-10)
 
 
@@ -320,8 +324,8 @@ def test_where_the_gradient_is_zero_is_the_closed_form_of_ridge_in_the_users_uni
     # lambda W of the closed form, X'WX + lambda W I: ours divides by rows times their mean weight, which is the same
     exact = ExactFit(x, y, problem.weights, fit_intercept=intercept, ridge=Fraction(1, 2))
     b = problem.coordinates.of_user(np.array(exact.coef, dtype=float), np.array(exact.intercept, dtype=float))
-    gradient, _ = Objective(problem.coordinates, 9, 0.5).gradient(problem.batch(), b)
-    unpenalised, _ = Objective(problem.coordinates, 9, 0.0).gradient(problem.batch(), b)
+    gradient, _ = Objective(problem.coordinates, 9, 0.5).gradient(problem.rows(), problem.coordinates.measure(b))
+    unpenalised, _ = Objective(problem.coordinates, 9, 0.0).gradient(problem.rows(), problem.coordinates.measure(b))
     assert np.abs(gradient).max() <= 1e-12 * max(np.abs(unpenalised).max(), 1.0)
     assert np.abs(unpenalised[:2]).max() > 1e-6  # so that the penalty is what makes it zero
     if intercept:
@@ -331,27 +335,29 @@ def test_where_the_gradient_is_zero_is_the_closed_form_of_ridge_in_the_users_uni
 @given(problems)
 def test_several_targets_are_each_as_if_alone(problem: Problem):
     objective = Objective(problem.coordinates, 7, problem.ridge)
-    gradient, residuals = objective.gradient(problem.batch(), problem.b)
-    curvature = objective.curvature(problem.batch(), problem.b)
+    gradient, residuals = objective.gradient(problem.rows(), problem.measure)
+    curvature = objective.curvature(problem.rows(), problem.b)
     c, rows = problem.coordinates, prepared(problem.coordinates, problem.columns, problem.weights)
     d = c.n_trained
     for j in range(problem.k):
         single = Coordinates(c.mean, c.scale, c.target_mean[[j]], c.target_scale[[j]], c.intercept, c.mean_weight, c.weighted)
         alone = Objective(single, 7, problem.ridge)
-        batch = single.parts(np.hstack([rows[:, :d], rows[:, [d + j]], rows[:, d + problem.k :]]))
-        own, met = alone.gradient(batch, problem.b[:, [j]])
+        of_one = np.hstack([rows[:, :d], rows[:, [d + j]], rows[:, d + problem.k :]])
+        own, met = alone.gradient(of_one, single.measure(problem.b[:, [j]]))
         np.testing.assert_allclose(own[:, 0], gradient[:, j], rtol=1e-12, atol=1e-12)
         np.testing.assert_allclose(met[:, 0], residuals[:, j], rtol=1e-12, atol=1e-12)
-        assert alone.curvature(batch, problem.b[:, [j]])[0] == pytest.approx(curvature[j], rel=1e-12)
+        assert alone.curvature(of_one, problem.b[:, [j]])[0] == pytest.approx(curvature[j], rel=1e-12)
 
 
 @given(problems)
 def test_the_objective_changes_nothing(problem: Problem):
     objective = Objective(problem.coordinates, 7, problem.ridge)
-    rows, b = prepared(problem.coordinates, problem.columns, problem.weights), problem.b.copy()
-    before = rows.copy()
-    gradient, residuals = objective.gradient(problem.coordinates.parts(rows), b)
-    objective.curvature(problem.coordinates.parts(rows), b)
+    rows, b = problem.rows(), problem.b.copy()
+    measure, before = problem.coordinates.measure(b), rows.copy()
+    gradient, residuals = objective.gradient(rows, measure)
+    objective.curvature(rows, b)
     np.testing.assert_array_equal(rows, before)
     np.testing.assert_array_equal(b, problem.b)
-    assert not any(np.shares_memory(result, given_array) for result in (gradient, residuals) for given_array in (rows, b))
+    np.testing.assert_array_equal(measure, problem.measure)
+    given_arrays = rows, b, measure
+    assert not any(np.shares_memory(result, given_array) for result in (gradient, residuals) for given_array in given_arrays)

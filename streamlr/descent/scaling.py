@@ -88,6 +88,14 @@ class Coordinates:
         d, k = self.n_trained, self.n_targets
         return rows[:, :d], rows[:, d : d + k], rows[:, d + k :] if self.weighted else None
 
+    def measure(self, b: Array) -> Array:
+        """Return the matrix M = [-b 1 0], (width, k), by which prepared rows are turned into their residuals: R M = y - A b."""
+        d, k = b.shape
+        matrix = np.zeros((self.width, k))
+        matrix[:d] = -b
+        np.fill_diagonal(matrix[d:], 1.0)
+        return matrix
+
     def start(self) -> Array:
         """Return coefficients (d, k) of zero: each target's mean for every row, where there is an intercept."""
         return np.zeros((self.n_trained, self.n_targets))

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from streamlr.aggregates.cost import Cost, make_cost
 from streamlr.aggregates.moments import Moments
+from streamlr.descent.objective import column_squares
 from streamlr.descent.scaling import Coordinates
 
 Array = NDArray[np.float64]
@@ -47,7 +48,7 @@ class Seen(NamedTuple):
         total = float(w.sum())
         centre = self.centre if self.weight or not total else (w @ targets) / total  # rows of no weight have no say
         away = targets - centre
-        sums = [w @ np.abs(residuals), _squares(residuals, weights), w @ away, _squares(away, weights)]
+        sums = [w @ np.abs(residuals), column_squares(residuals, weights), w @ away, column_squares(away, weights)]
         return Seen(self.rows + len(targets), self.steps + steps, self.weight + total, centre, self.sums + sums)
 
     def joined(self, other: Seen) -> Seen:
@@ -80,7 +81,3 @@ class Seen(NamedTuple):
             )
             cost = make_cost(squares * scale**2, sizes * coordinates.target_scale, of_targets)
         return replace(cost, weight_sum=self.weight * coordinates.mean_weight)
-
-
-def _squares(values: Array, weights: Array | None) -> Array:
-    return np.asarray(np.einsum("ij,ij->j", values, values if weights is None else weights * values))

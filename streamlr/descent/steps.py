@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from streamlr.descent.objective import Objective
-from streamlr.descent.scaling import SMALLEST, Batch
+from streamlr.descent.objective import Objective, column_squares
+from streamlr.descent.scaling import SMALLEST
 from streamlr.descent.schedules import Schedule
 from streamlr.descent.updates import Average, Plain, Update
 
@@ -116,27 +116,28 @@ class Walk:
         return self._over_batches(rows, here)
 
     def _over_batches(self, rows: Array, here: Iterate) -> tuple[Iterate, Array]:
-        objective, size = self.objective, self.objective.batch_rows
+        objective, size, gain = self.objective, self.objective.batch_rows, self.rule.gain
         b, transform, memory, average, gradients, step = here
         gradients = gradients.copy()
-        met = np.empty((len(rows), b.shape[1]))
+        measure = objective.coordinates.measure(b)
+        minus_b, met = measure[: len(b)], np.empty((len(rows), b.shape[1]))
         starts = range(0, len(rows), size)
         for start, alpha in zip(starts, self.schedule(np.arange(step, step + len(starts))), strict=True):
-            batch = objective.coordinates.parts(rows[start : start + size])
-            gradient, met[start : start + size] = objective.gradient(batch, b)
+            batch = rows[start : start + size]
+            gradient, met[start : start + size] = objective.gradient(batch, measure)
             reduced, rate = gradient if transform is None else transform.T.dot(gradient), alpha
             if self.promised is not None:
                 transform, reduced, best = self._best_rate(batch, gradient, reduced, transform)
-                rate = np.minimum(alpha, best / self.rule.gain)
+                rate = np.minimum(alpha, best / gain)
             move, memory = self.rule.update(reduced, memory, rate)
-            b = b + (move if transform is None else transform.dot(move))
+            minus_b -= move if transform is None else transform.dot(move)
             gradients += reduced
             if self.average:
-                average = average.of(b, len(batch[0]))
-        return Iterate(b, transform, memory, average, gradients, step + len(starts)), met
+                average = average.of(-minus_b, len(batch))
+        return Iterate(-minus_b, transform, memory, average, gradients, step + len(starts)), met
 
     def _best_rate(
-        self, batch: Batch, gradient: Array, reduced: Array, transform: Array | None
+        self, rows: Array, gradient: Array, reduced: Array, transform: Array | None
     ) -> tuple[Array | None, Array, Array]:
         r"""Return T, shortened if need be, g, and for each target the rate (k,) that goes down to the least cost of the batch.
 
@@ -147,8 +148,8 @@ class Walk:
         """
         assert self.promised is not None
         for left in range(gradient.shape[1], -1, -1):
-            square = np.einsum("ij,ij->j", reduced, reduced)
-            kappa = self.objective.curvature(batch, reduced if transform is None else transform.dot(reduced))
+            square = column_squares(reduced)
+            kappa = self.objective.curvature(rows, reduced if transform is None else transform.dot(reduced))
             if transform is None or not left:
                 break
             proven = self.objective.batch_rows / 2 * kappa / np.maximum(square, SMALLEST)
