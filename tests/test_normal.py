@@ -92,10 +92,14 @@ def test_small_integers_come_out_exact():
 
 def test_the_intercept_of_columns_far_from_zero_keeps_what_their_means_have():
     # the means are no floats (sevenths beside 1e8) and cancel: an intercept from rounded means would be wrong by 1e-8
-    x = integers(11, 7, 2) + 1e8
-    model = fit(x, x[:, 0] - x[:, 1] + 5)
-    assert model.coef.tolist() == [1.0, -1.0]
-    assert model.intercept == pytest.approx(5.0, rel=1e-14)
+    exact = 0
+    for seed in range(60):
+        x = integers(seed, 7, 2) + 1e8
+        model = fit(x, x[:, 0] - x[:, 1] + 5)
+        if model.coef.tolist() == [1.0, -1.0]:  # else the last bit of a coefficient is as much as the means would lose
+            exact += 1
+            assert model.intercept == pytest.approx(5.0, rel=1e-14)
+    assert exact >= 5
 
 
 def test_ridge_is_on_the_columns_as_given_and_spares_the_intercept():

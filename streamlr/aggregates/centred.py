@@ -17,6 +17,7 @@ SOME = 64  # rows at least, where there are as many
 ROUNDS = 4  # of centring again: each leaves some eps of the distance before it
 PIECE_BYTES = 2**20  # of centred rows that are multiplied at once: what a core's second-level cache holds
 SHORT_ROWS = 2048  # summed at most, but where columns are many: the shorter a sum, the less of it is rounding
+FEW = 3  # rows at most that are multiplied with a matrix one by one: for them together BLAS would first copy the matrix
 FOLD = 64  # short rows that are centred as one
 
 
@@ -120,7 +121,7 @@ def _multiplied(features: NDArray[np.float64], rest: NDArray[np.float64], short:
     square = z if precision == "double" else z.astype(np.float32)
     products = np.empty((p + others, p + others))
     products[:p, :p] = _sum(square.transpose(0, 2, 1) @ square)
-    products[p:, :p] = _sum(o @ z)
+    products[p:, :p] = _sum(o @ z if others > FEW else (o[:, :, None] @ z[:, None])[:, :, 0])
     products[:p, p:] = products[p:, :p].T
     products[p:, p:] = _sum(o @ o.transpose(0, 2, 1))
     return products
