@@ -31,6 +31,7 @@ from streamlr.dataset import blocks
 from streamlr.errors import ClusterError, MemoryLimitExceeded, NonFiniteValue, UsageError
 from streamlr.inspection import verify
 from streamlr.passes import cluster as passes_cluster
+from streamlr.passes.workers import _look_around
 
 distributed = pytest.importorskip("distributed")
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # sockets of connections that a test cuts
@@ -130,6 +131,16 @@ def coef(expected):
 @pytest.fixture(autouse=True)
 def short_patience(monkeypatch):
     monkeypatch.setattr(passes_cluster, "PATIENCE", 4.0)
+
+
+def test_a_worker_whose_own_folder_is_gone_sees_no_relative_path(tmp_path, monkeypatch):
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    folder.rmdir()
+    seen = _look_around([("rows.zarr", str(folder / "rows.zarr"), ("",)), (str(tmp_path), str(tmp_path), ("",))], ())
+    assert set(seen["places"]) == {"rows.zarr", str(tmp_path)}
+    assert seen["places"]["rows.zarr"] == ""
 
 
 @pytest.mark.parametrize("nanny", [False, True])

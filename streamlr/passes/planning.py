@@ -55,6 +55,19 @@ def draft_pass(
     solution_bytes : int
         What the solver needs afterwards.
     """
+    workers = tasks_together()
+    plan, cut = _drafted(dataset, statistic, task, memory, solution_bytes, workers)
+    if 0 < plan.tasks_at_once < workers:  # as many spans for each of those that there is memory for
+        again = _drafted(dataset, statistic, task, memory, solution_bytes, plan.tasks_at_once)
+        if again[0].tasks_at_once == plan.tasks_at_once:
+            return again
+    return plan, cut
+
+
+def _drafted(
+    dataset: Dataset, statistic: Statistic[Any], task: str, memory: int | str | None, solution_bytes: int, workers: int
+) -> tuple[Plan, list[Span]]:
+    """Return the plan for so many tasks at once, or fewer."""
     width = dataset.n_features + dataset.n_targets
     tile = tile_rows(width, statistic.nbytes)
     tile_bytes = min(tile, dataset.stored_rows) * width * 8
@@ -70,7 +83,7 @@ def draft_pass(
             dataset.row_bytes,
             tile=tile,
             chunks=chunks,
-            workers=tasks_together(),
+            workers=workers,
             whole_tiles=whole_tiles,
             waiting=is_waited_for(dataset),
         )

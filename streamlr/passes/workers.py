@@ -206,7 +206,9 @@ def _look_around(looks: list[Look], packages: Sequence[str]) -> dict[str, Any]:
         except PackageNotFoundError:
             found[name] = "(not installed)"
     for given, full, names in looks:
-        there = os.path.abspath(given) == full and os.path.exists(given)
+        there = False
+        with suppress(OSError):  # a relative path from a folder that is gone leads nowhere
+            there = os.path.abspath(given) == full and os.path.exists(given)
         found["places"][given] = found["places"].get(given, "") + _digest(Path(given), names) if there else ""
     return found
 

@@ -226,6 +226,20 @@ class TestTasks:
             assert streamlr.plan(dataset).tasks_at_once == 3
 
 
+@pytest.mark.usefixtures("four_workers")
+def test_where_memory_allows_fewer_tasks_than_workers_each_has_as_many_spans(rows):
+    """Three of four tasks fit: spans for four would keep the others waiting for the last."""
+    dataset = counted(rows, (1000, P), (1000,))[1]
+    all_of_them = streamlr.plan(dataset)
+    assert (all_of_them.tasks_at_once, all_of_them.n_spans % 4) == (4, 0)
+    for fitting in (3, 2, 1):
+        least = all_of_them.base_bytes + all_of_them.result_bytes + fitting * all_of_them.task_bytes
+        plan = streamlr.plan(dataset, memory_limit=least + 3 * all_of_them.task_bytes // 4)
+        assert plan.tasks_at_once == fitting
+        assert plan.n_spans % fitting == 0
+        assert plan.fits
+
+
 def blas_threads() -> list[int]:
     return [library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"]
 
