@@ -149,10 +149,11 @@ def chunk_key(array: zarr.Array[Any], position: tuple[int, ...]) -> str:
 def chunk_keys(array: zarr.Array[Any]) -> Callable[[tuple[int, ...]], str]:
     """Return the function from position to key: for many chunks, since zarr goes a long way for each."""
     encode, prefix = array.metadata.encode_chunk_key, f"{array.path}/" if array.path else ""
-    first = encode((0, 0))  # c/0/0, or c.0.0, 0.0, 0/0
-    head, join = prefix + first[:-3], first[-2].join
-    if encode((12, 345)) != f"{first[:-3]}12{first[-2]}345":  # an encoding of somebody's own
+    first, probe = encode((0,) * array.ndim), tuple(range(10, 10 + array.ndim))  # c/0/0, or c.0.0, 0.0, 0/0
+    head, join = first[: 1 - 2 * array.ndim], first[-2:-1].join
+    if encode(probe) != head + join(map(str, probe)):  # an encoding of somebody's own
         return lambda position: prefix + encode(position)
+    head = prefix + head
     return lambda position: head + join(map(str, position))
 
 
