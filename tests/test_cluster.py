@@ -403,17 +403,25 @@ def standing(tmp_path_factory):
         yield client
 
 
-def noting_streams(block):
-    from streamlr.passes import progress
+def watch_streams() -> None:
+    """On a worker: note how many streams are inside together, whenever one comes in."""
+    from streamlr.passes import progress, streams
 
-    progress.most_inside = max(getattr(progress, "most_inside", 0), sum(state.tasks for state in progress._elsewhere.values()))
-    return block
+    @contextmanager
+    def noted(key):
+        with progress.share_of_pass(key) as share:
+            streams.most_inside = max(streams.most_inside, sum(state.tasks for state in progress._elsewhere.values()))
+            yield share
+
+    streams.most_inside, streams.share_of_pass = 0, noted
 
 
 def most_streams_inside() -> int:
-    from streamlr.passes import progress
+    """On a worker: stop noting, and tell."""
+    from streamlr.passes import progress, streams
 
-    return progress.__dict__.pop("most_inside", 0)
+    streams.share_of_pass = progress.share_of_pass
+    return streams.__dict__.pop("most_inside")
 
 
 def running_tasks() -> int:
@@ -540,9 +548,11 @@ class TestOnOneCluster:
     def test_streams_over_dask_arrays_hold_memory_one_at_a_time(self, cluster):
         """Each waits for blocks, for which it makes room: not for another stream."""
         X = da.random.default_rng(0).normal(size=(20_000, 5), chunks=(1_000, 5))
-        X = X.map_blocks(noting_streams, dtype="f8", meta=np.empty((0, 5)))
-        streamlr.fit(streamlr.Dataset(X, X[:, 0] * 0 + 1), streamlr.Descent(streams=8, max_epochs=1))
-        found = cluster.run(most_streams_inside).values()
+        cluster.run(watch_streams)
+        try:
+            streamlr.fit(streamlr.Dataset(X, X[:, 0] * 0 + 1), streamlr.Descent(streams=8, max_epochs=1))
+        finally:
+            found = cluster.run(most_streams_inside).values()
         assert max(found) == 1
 
     def test_epochs_are_tasks_with_numbers(self, cluster, store):
