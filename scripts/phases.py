@@ -30,8 +30,8 @@ PHASES = {
     "read": ("streamlr.dataset.stored_chunks:StoredChunks.get",),
     "decode": ("streamlr.dataset.codecs:ChunkCodec.decode", "streamlr.dataset.codecs:ZarrCodec.decode"),
     "check and copy rows": ("streamlr.dataset.checked:DatasetReader.blocks",),
-    "centre": ("streamlr.aggregates.moments:MomentsOf.of",),  # all of it but the product
-    "product": ("streamlr.aggregates.centred:_multiplied",),
+    "centre": ("streamlr.aggregates.moments:MomentsOf.of",),  # all of it but the product of the features
+    "product": ("streamlr.aggregates.centred:_square",),
     "merge": ("streamlr.aggregates.moments:Moments.__add__",),
     "solve": ("streamlr.api:_solved",),
 }

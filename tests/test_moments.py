@@ -41,7 +41,8 @@ def pieces(request):
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "in pieces":
             patch.setattr(centred, "PIECE_BYTES", 200)
-            patch.setattr(moments, "OUTER_ROWS", 2)
+            patch.setattr(moments, "STRIP", 2)
+            patch.setattr(centred, "STRIP", 2)
         yield
 
 

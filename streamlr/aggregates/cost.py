@@ -137,7 +137,7 @@ class ResidualsOf:
         """Return the sums over the rows of `block`."""
         # a product is free to round rows by their neighbours, but a tile's rows always have the same: `predictions` is slower
         residuals = block.y - self.intercept
-        residuals -= block.x @ self.coef
+        residuals -= block.x.dot(self.coef)
         return residual_sums(residuals, block.y, block.weights, self.target_names, block.room)
 
     @property
@@ -155,7 +155,7 @@ def residual_sums(
     """Return the sums over rows with residuals and targets y, both (m, k), and weights (m,) or None; `room` is to work in."""
     w = np.ones(len(y)) if weights is None else weights
     with np.errstate(over="ignore"):
-        magnitudes = w @ np.abs(residuals)
+        magnitudes = w.dot(np.abs(residuals))
     return Residuals(magnitudes, MomentsOf(target_names, target_names).of(Block(0, len(y), residuals, y, weights, room)))
 
 

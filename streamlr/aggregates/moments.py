@@ -7,14 +7,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from streamlr.aggregates.centred import CONSTANT, EPS, centred_product, exact_sum
+from streamlr.aggregates.centred import CONSTANT, EPS, STRIP, centred_product, exact_sum
 from streamlr.dataset.blocks import Block
 from streamlr.errors import NumericalError, UsageError
 
 # A column keeps its own unit while its squares stay well inside the range of the numbers that are multiplied, so that sums do too.
 SQUARES = {"double": (1e-150, 1e150), "single": (1e-25, 1e25)}
 ROUNDINGS = 8  # eps, of a difference of sums, beside the sum of their sizes
-OUTER_ROWS = 64  # of an outer product that are made at once
 NO_SCALE = -4096  # the exponent of a column that has shown nothing but zeros: below every other, so that any other wins
 
 
@@ -122,16 +121,18 @@ class Moments:
         mean, rest = exact_sum(mean, left + rest)
         step *= np.sqrt(heavy.weight_sum) * np.sqrt(share)
         with np.errstate(over="ignore"):
-            scatter = scatter + other_scatter
-            for first in range(0, len(step), OUTER_ROWS):
-                scatter[first : first + OUTER_ROWS] += step[first : first + OUTER_ROWS, None] * step
-        if not (np.isfinite(total) and np.isfinite(np.diagonal(scatter)).all()):
+            merged = np.empty_like(scatter)
+            for first in range(0, len(step), STRIP):
+                rows = slice(first, first + STRIP)
+                np.add(scatter[rows], other_scatter[rows], out=merged[rows])
+                merged[rows] += step[rows, None] * step
+        if not (np.isfinite(total) and np.isfinite(np.diagonal(merged)).all()):
             raise NumericalError(
                 "the sum of the weights, or of squares times weights, overflows; divide the weights by their largest"
             )
         n, n_weighted = self.n + other.n, self.n_weighted + other.n_weighted
         names = self.feature_names, self.target_names
-        return Moments(n, n_weighted, total, mean, rest, scatter, exponent, *names, n_dropped, precision)
+        return Moments(n, n_weighted, total, mean, rest, merged, exponent, *names, n_dropped, precision)
 
     def cost_sums(self, coef: NDArray[np.float64], intercept: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
         r"""Return the residual sum of squares of any coefficients, without reading rows.

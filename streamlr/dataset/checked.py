@@ -178,10 +178,13 @@ class _Beside:
 
 
 def _surely_finite(numbers: NDArray[np.float64]) -> bool:
-    """Whether the sum of squares is finite, which is found faster than anything else about numbers; then they are, too."""
+    """Whether the sum of squares is finite, which is found faster than anything else about numbers; then they are, too.
+
+    `@` would keep other threads out of the interpreter all the while.
+    """
     flat = numbers.ravel()
     with np.errstate(all="ignore"):
-        return bool(np.isfinite(flat @ flat))
+        return bool(np.isfinite(flat.dot(flat)))
 
 
 def _row(piece: Span | Block, positions: NDArray[np.int64] | None, number: int) -> int:
