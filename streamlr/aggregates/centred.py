@@ -131,8 +131,8 @@ def _products(block: Block, centre: Array, root: Array | None, precision: str) -
                     beside[j, p : p + j + 1] += others[: j + 1].dot(row)
         found = _square(features[:rows], precision)
         square = np.add(square, found, out=square) if first else found
-    own = beside[:, p:]
-    own[...] = np.tril(own) + np.tril(own, -1).T  # symmetric to the last bit, whatever made it
+    for j in range(1, len(beside)):
+        beside[:j, p + j] = beside[j, p : p + j]  # symmetric to the last bit, whatever made it
     return Products(square, beside)
 
 

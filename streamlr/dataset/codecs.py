@@ -102,7 +102,7 @@ def chunk_codec(array: zarr.Array[Any]) -> ChunkCodec | None:
     """Return the codec of the (inner) chunks of `array`, or None where zarr itself must decode them."""
     metadata: Any = array.metadata
     if metadata.zarr_format == 2:
-        if metadata.filters or (metadata.compressor is not None and metadata.compressor.codec_id not in _DECLARED_SIZE | _BOUNDED):
+        if metadata.filters or (metadata.compressor is not None and metadata.compressor.codec_id not in {**_DECLARING, **_BOUNDED}):
             return None
         return ChunkCodec(array.chunks, array.dtype, metadata.order, False, metadata.compressor)
     codecs = metadata.codecs
@@ -228,16 +228,13 @@ def _decompress(codec: Any, data: Stored, target: NDArray[np.uint8]) -> Any:
 
     Into `target` only when the data declare exactly its size, since numcodecs says nothing of a shorter result.
     """
-    size = _DECLARED_SIZE.get(codec.codec_id)
-    if size is None:
+    if codec.codec_id not in _DECLARING:
         return _decompress_bounded(_BOUNDED[codec.codec_id](codec), data, target.nbytes)
+    size, decompress = _DECLARING[codec.codec_id]
     declared = size(memoryview(data))
     if declared is not None and declared > target.nbytes:
         raise ValueError(f"it declares {declared:,} bytes where {target.nbytes:,} belong")
-    if declared == target.nbytes:
-        codec.decode(data, out=target)
-        return target
-    return codec.decode(data)
+    return decompress(data, target if declared == target.nbytes else None)
 
 
 def _zstd_size(data: memoryview) -> int | None:
@@ -277,7 +274,12 @@ def _lzma(codec: Any) -> Any:
     return lzma.LZMADecompressor(codec.format, filters=codec.filters if codec.format == lzma.FORMAT_RAW else None)
 
 
-_DECLARED_SIZE: dict[str, Callable[[memoryview], int | None]] = {"zstd": _zstd_size, "blosc": _blosc_size, "lz4": _lz4_size}
+# how many bytes the data say that they hold; and numcodecs' own functions, which its codec objects go a longer way to
+_DECLARING: dict[str, tuple[Callable[[memoryview], int | None], Callable[..., Any]]] = {
+    "zstd": (_zstd_size, numcodecs.zstd.decompress),
+    "blosc": (_blosc_size, numcodecs.blosc.decompress),
+    "lz4": (_lz4_size, numcodecs.lz4.decompress),
+}
 _BOUNDED: dict[str, Callable[[Any], Any]] = {
     "gzip": lambda codec: zlib.decompressobj(wbits=31),
     "zlib": lambda codec: zlib.decompressobj(),

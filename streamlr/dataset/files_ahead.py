@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 
@@ -12,12 +13,16 @@ from streamlr.dataset.buffers import Buffer
 
 ADVISED = hasattr(os, "posix_fadvise")  # not on macOS and Windows
 READING = os.O_RDONLY | getattr(os, "O_BINARY", 0)  # Windows would change ends of lines
+WAITING, RATE = 5e-4, 1e9  # seconds, and then bytes a second: slower is a file that does not come from memory
+LARGE = 2**20  # bytes of a file, beside which telling the kernel of the next one costs nothing
+AHEAD = 64  # small files that are opened ahead after one that was waited for
 
 
 class Files:
     """Reads files below a folder, with a call of the system for each step and none besides.
 
-    Each call lets go of the interpreter's lock, which the other readers of small chunks hold when it comes back.
+    Each call lets go of the interpreter's lock, which the other readers of small chunks hold when it comes back. The next file is
+    therefore opened ahead only where it pays: after a large one, and for a while after one that the disk let wait for.
 
     Parameters
     ----------
@@ -28,34 +33,44 @@ class Files:
     def __init__(self, folder: str) -> None:
         self._folder = folder
         self._coming: Iterator[str] = iter(())
+        self._at = ""  # the last of them that was looked at
         self._next: tuple[str, int] | None = None
+        self._ahead = 1  # files to open ahead from here: the first, until it is known where they come from
 
     def expect(self, keys: Iterable[str]) -> None:
         """Hear which files are read next, in this order; whatever was expected before is forgotten."""
         opened, self._next = self._next, None
         if opened is not None:
             os.close(opened[1])
-        self._coming = iter(keys if ADVISED else ())
-        self._open_next()
+        self._coming, self._at = iter(keys if ADVISED else ()), ""
+        if self._ahead:
+            self._open_next("")
 
     def read(self, key: str, request: ByteRequest | None, buffer: Buffer) -> memoryview:
         """Read a file, or a part of it, into the memory of `buffer`."""
-        if self._next is None or self._next[0] != key:
-            return _read(os.open(self._folder + key, READING), request, buffer)
-        file, self._next = self._next[1], None
-        try:
-            return _read(file, request, buffer)
-        finally:
-            self._open_next()
+        if self._next is not None and self._next[0] == key:
+            file, self._next = self._next[1], None
+        else:
+            file = os.open(self._folder + key, READING)
+        began = time.perf_counter()
+        found = _read(file, request, buffer)
+        waited = time.perf_counter() - began > WAITING + len(found) / RATE
+        self._ahead = AHEAD if waited else max(self._ahead - 1, int(len(found) >= LARGE))
+        if self._ahead and self._next is None:
+            self._open_next(key)
+        return found
 
-    def _open_next(self) -> None:
-        """Open the next file and have the kernel fetch it: small files are no faster read than the disk answers for each."""
-        for key in self._coming:
+    def _open_next(self, key: str) -> None:
+        """Open the file that comes after this one and have the kernel fetch it."""
+        while self._at != key:
+            self._at = next(self._coming, key)
+        for coming in self._coming:
+            self._at = coming
             try:
-                file = os.open(self._folder + key, READING)  # `read` or `expect` closes it
+                file = os.open(self._folder + coming, READING)  # `read` or `expect` closes it
             except OSError:
                 continue  # raised when the file is wanted
-            self._next = key, file
+            self._next = coming, file
             with suppress(OSError):
                 os.posix_fadvise(file, 0, 0, os.POSIX_FADV_WILLNEED)
             return

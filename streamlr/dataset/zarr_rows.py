@@ -184,7 +184,7 @@ class ZarrReader:
 
     def expect(self, spans: Sequence[Span]) -> None:
         """Ask the store for the chunks of these spans, which are read next and in this order, and for no others any more."""
-        self._stored.expect(self._coming(spans))
+        self._stored.expect(_coming(self.rows, self._held, spans))
 
     def forget(self) -> None:
         """Let go of the chunks that are held, and of what is known of shards."""
@@ -243,14 +243,6 @@ class ZarrReader:
             decoded = codec.decode(stored, out, self._stored.describe, position)
         return decoded.reshape(self._height, -1)
 
-    def _coming(self, spans: Sequence[Span]) -> Iterator[Position]:
-        """Iterate over the chunks that reading these spans will ask for: not for one that is held by then."""
-        held = self._held
-        for span in spans:
-            first, last = span.start // self._height, -(-span.stop // self._height)
-            yield from self.rows.positions(first + (first == held), last)
-            held = last - 1
-
     def _filled(self, position: Position) -> NDArray[Any]:
         """Return what an absent chunk stands for, if it may be absent, and count it."""
         if not self.rows.may_lack_chunks:
@@ -279,6 +271,18 @@ class ZarrReader:
             return f"the store {root} is gone while array {self.rows.label!r} was being read; is it still mounted?"
         where = shown(self.rows.array.store_path)
         return f"{self._stored.describe(position)} is missing from {where}; restore it, {self.rows.remedy}"
+
+
+def _coming(rows: ZarrRows, held: int, spans: Sequence[Span]) -> Iterator[Position]:
+    """Iterate over the chunks that reading these spans will ask for: not for one that is held by then.
+
+    No method, which would keep its reader, and so the reader's memory, for as long as nobody has come to its end.
+    """
+    height = rows.decoded_rows
+    for span in spans:
+        first, last = span.start // height, -(-span.stop // height)
+        yield from rows.positions(first + (first == held), last)
+        held = last - 1
 
 
 def check_array(array: zarr.Array[Any], label: str) -> None:

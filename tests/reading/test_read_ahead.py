@@ -368,7 +368,11 @@ def test_a_pass_does_not_wait_for_requests_that_hang(memory):
 
 @pytest.mark.skipif(not files_ahead.ADVISED, reason="this system takes no advice on files")
 class TestFiles:
-    """Of files, the kernel is told of the next one while one is decoded."""
+    """Of files that are waited for, the kernel is told of the next one while one is decoded."""
+
+    @pytest.fixture(autouse=True)
+    def waited(self, monkeypatch):
+        monkeypatch.setattr(files_ahead, "WAITING", -1.0)
 
     @pytest.fixture
     def path(self, tmp_path, rows):
@@ -395,6 +399,24 @@ class TestFiles:
         expected = [f"X/c/{i}/0" for i in range(start // CHUNK, -(-stop // CHUNK))]
         expected += [f"y/c/{i}" for i in range(start // 450, -(-stop // 450))]
         assert sorted(advised) == sorted(str(path / key) for key in expected)
+
+    @pytest.mark.parametrize("large", [False, True])
+    def test_small_files_that_come_from_memory_are_not_told_of(self, path, advised, monkeypatch, large):
+        """But for the first, before it is known where they come from."""
+        monkeypatch.setattr(files_ahead, "WAITING", 1e3)
+        if large:
+            monkeypatch.setattr(files_ahead, "LARGE", 500)
+        dataset = streamlr.open_dataset(path)
+        assert read(dataset, Span(0, N))[1] == ""
+        assert len(advised) == (N // CHUNK + N // 450 if large else 2)
+
+    def test_after_one_that_is_waited_for_some_are_told_of(self, path, advised, monkeypatch):
+        monkeypatch.setattr(files_ahead, "WAITING", 1e3)
+        monkeypatch.setattr(files_ahead, "AHEAD", 3)
+        blocks = streamlr.open_dataset(path).blocks(Span(0, N), lambda tally: None, CHUNK)
+        for number, _ in enumerate(blocks):
+            monkeypatch.setattr(files_ahead, "WAITING", -1.0 if number == 9 else 1e3)
+        assert [name for name in advised if "/X/" in name] == [str(path / f"X/c/{i}/0") for i in (0, 11, 12, 13)]
 
     def test_no_file_is_left_open(self, path, advised):
         blocks = streamlr.open_dataset(path).blocks(Span(0, N), lambda tally: None)
