@@ -71,7 +71,12 @@ class Objective:
         direction : (d, k) float64
             v.
         """
-        ahead = rows[:, : len(direction)] @ direction
+        if direction.shape[1] == 1:  # as for residuals
+            whole = np.zeros((rows.shape[1], 1))
+            whole[: len(direction)] = direction
+            ahead = rows.dot(whole)
+        else:
+            ahead = rows[:, : len(direction)] @ direction
         kappa = column_squares(ahead, self._weights(rows)) * (2 / self.batch_rows)
         if self.ridge:
             kappa += np.einsum("ij,ij->j", direction, self._penalty(len(rows), direction))

@@ -71,17 +71,20 @@ class Coordinates:
     def prepare(self, x: Array, y: Array, weights: Array | None, out: Array) -> None:
         """Write rows x (m, p) and y (m, k), with their weights (m,) or None, as [z 1 y' w] into `out` (m, width), in C order."""
         p, d, k = self.n_features, self.n_trained, self.n_targets
-        out[:, :p], out[:, p:d], out[:, d : d + k] = x, 1.0, y
+        _copy_rows(x, out[:, :p])
+        out[:, p:d], out[:, d : d + k] = 1.0, y
         if weights is not None:
             out[:, d + k] = weights
         shift, unit = np.zeros(self.width), np.ones(self.width)
         shift[:p], shift[d : d + k] = self.mean, self.target_mean
         unit[:p], unit[d : d + k], unit[d + k :] = self.scale, self.target_scale, self.mean_weight
         together = max(LONG // self.width, 1)  # rows as one long one
+        together = min(1 << (together.bit_length() - 1), max(len(out), 1))  # of which pieces, that are powers of two, leave no rest
         whole = len(out) - len(out) % together
         for rows, times in (out[:whole].reshape(-1, together * self.width), together), (out[whole:], 1):
-            rows -= np.tile(shift, times)
-            rows /= np.tile(unit, times)
+            if len(rows):
+                rows -= np.tile(shift, times)
+                rows /= np.tile(unit, times)
 
     def parts(self, rows: Array) -> Batch:
         """Return design (m, d), targets (m, k) and weights (m, 1) or None of prepared rows: views."""
@@ -180,6 +183,12 @@ def plain_coordinates(weights: Array | None, n_features: int, n_targets: int, *,
     zero, one = np.zeros(n_features), np.ones(n_features)
     zeros, ones = np.zeros(n_targets), np.ones(n_targets)
     return Coordinates(zero, one, zeros, ones, intercept, _mean_weight(weights), weights is not None, "none")
+
+
+def _copy_rows(rows: Array, out: Array) -> None:
+    """Copy rows whose numbers lie side by side, each as one item: NumPy is slow where it has few numbers to walk along."""
+    item = np.dtype((np.void, rows.itemsize * rows.shape[1]))
+    out.view(item)[:] = rows.view(item)
 
 
 def _mean_weight(weights: Array | None) -> float:

@@ -16,7 +16,7 @@ from streamlr.passes.planning import block_spans
 from streamlr.passes.shuffle import START, Piece, Position, Stretch, as_stored, shuffled
 
 UNIT_BYTES = 4 * 2**20  # smaller chunks are read several at a time
-STRETCH_BYTES = 2**20
+STRETCH_BYTES = 2**21
 BUFFER_BYTES = 64 * 2**20
 DRAWS = 256  # from the shuffle buffer for a batch, at least
 BUFFER_UNITS = 4  # a buffer holds at least so many units, so that it mixes rows from as many places

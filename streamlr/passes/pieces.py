@@ -13,15 +13,16 @@ from streamlr.dataset.tally import Tally
 from streamlr.errors import Cancelled
 from streamlr.passes.tasks import with_computed
 
-PIECE_BYTES = 2**20  # what a reader hands over at once; about a core's cache
+PIECE_BYTES = 2**21  # what a reader hands over at once: less, and the interpreter's lock is passed on too often
 
 Array = NDArray[np.float64]
 Prepare = Callable[[Array, Array, Array | None, Array], None]
 
 
 def new_piece(width: int) -> Array:
-    """Return memory for a piece of rows of so many numbers."""
-    return np.empty((max(PIECE_BYTES // (8 * width), 1), width))
+    """Return memory for a piece of rows of so many numbers: a power of two of them, as tiles have, which so are whole pieces."""
+    rows = max(PIECE_BYTES // (8 * width), 1)
+    return np.empty((1 << (rows.bit_length() - 1), width))
 
 
 def prepared(
