@@ -307,11 +307,13 @@ class Training:
         """Return what a checkpoint belongs to."""
         options = self.options.to_dict()
         del options["checkpoint_every"]  # when it is written changes nothing in it
+        order, width = self._order(self.dataset)
         return {
             "fingerprint": self.dataset.fingerprint,
             "options": options,
             "fit_intercept": self.fit_intercept,
             "ridge": self.ridge,
+            "stretch_rows": order.stretch_rows(width),  # positions count in these, and another release may choose others
         }
 
 

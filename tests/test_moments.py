@@ -32,6 +32,7 @@ from streamlr.dataset.buffers import Buffer
 from streamlr.dataset.dataset import default_names
 from streamlr.errors import NumericalError, UsageError
 
+SHIPPED = centred.PIECE_BYTES
 SCALES = [1e150, 1e-150, 1e200, 1e-200]
 
 
@@ -241,6 +242,35 @@ def test_a_column_that_varies_little_is_no_constant():
     columns = np.column_stack([1e9 + 1e-4 * np.arange(10.0), np.arange(10.0)])
     assert not moments_of(columns).constant.any()
     assert CONSTANT < 1e-14  # 1e-13 of the mean is data
+
+
+@pytest.mark.parametrize(("p", "rows", "most"), [(2, 65_536, 1e-15), (4, 65_536, 1e-15), (10, 32_768, 1e-15), (10, 32_768, 3e-7)])
+def test_long_sums_of_few_columns_keep_their_digits(p: int, rows: int, most: float, monkeypatch: pytest.MonkeyPatch):
+    """As of a whole tile: products with a nearly exact target, which BLAS would sum row by row."""
+    monkeypatch.setattr(centred, "PIECE_BYTES", SHIPPED)
+    rng = np.random.default_rng(p)
+    x = rng.normal(size=(rows, p))
+    y = x @ rng.normal(size=(p, 1)) + 1e-3 * rng.normal(size=(rows, 1))
+    names = default_names("x", p)
+    found = MomentsOf(names, ("y",), "double" if most < 1e-9 else "single").of(Block(0, rows, x, y))
+    z = np.column_stack([x, y]).astype(np.longdouble)
+    z -= z.mean(axis=0)
+    size = np.sqrt((z * z).sum(axis=0))
+    assert (np.abs(found.scatter - z.T @ z) <= most * np.outer(size, size)).all()
+
+
+@pytest.mark.parametrize("precision", ["double", "single"])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("p", "k"), [(1, 1), (3, 1), (3, 2), (2, 3), (5, 4), (40, 1), (40, 4)])
+def test_scatter_is_symmetric_to_the_last_bit(p: int, k: int, weighted: bool, precision: str):
+    rng = np.random.default_rng(0)
+    rows, weights = rng.normal(size=(5_001, p + k)), rng.uniform(size=5_001) if weighted else None
+    block = Block(0, 5_001, np.ascontiguousarray(rows[:, :p]), np.ascontiguousarray(rows[:, p:]), weights)
+    found = MomentsOf(default_names("x", p), default_names("y", k), precision).of(block)
+    assert (found.scatter == found.scatter.T).all()
+    share = np.ones(5_001) if weights is None else weights
+    expected = np.cov(rows, rowvar=False, aweights=share, ddof=0) * share.sum()
+    np.testing.assert_allclose(found.scatter, expected, rtol=0, atol=share.sum() * (1e-14 if precision == "double" else 1e-6))
 
 
 def test_moments_of_different_columns_are_refused():

@@ -16,6 +16,7 @@ MOSTLY = {"double": 15 / 16, "single": 1 / 4}
 SOME = 64  # rows at least, where there are as many
 ROUNDS = 4  # of centring again: each leaves some eps of the distance before it
 PIECE_BYTES = 2**21  # of centred rows that are multiplied while a core's second-level cache holds them
+SHORT_ROWS = 2048  # that matrix-vector products, and float32, sum at most: the shorter a sum, the less of it is rounding
 FEW = 3  # rows at most that are multiplied with a matrix one by one: for them together BLAS would first copy the matrix
 FOLD = 64  # short rows that are centred as one
 STRIP = 64  # rows of a product that are corrected at once
@@ -103,12 +104,12 @@ def _mean_of_some(block: Block) -> Array:
 def _products(block: Block, centre: Array, root: Array | None, precision: str) -> Products:
     """Return the products of the columns of rows that are centred, and multiplied by the roots of their weights.
 
-    Products are made by `dot`: of few results, `@` would keep other threads out of the interpreter all the while.
+    Each `step` rows make one symmetric product, after each `near` of them were centred and multiplied with the targets while the
+    cache holds them. Products are made by `dot`: of few results, `@` would keep other threads out of the interpreter all the while.
     """
     (m, p), q = block.x.shape, len(centre)
     step = min(tile_rows(q + 1, cache_bytes=PIECE_BYTES), m)
-    cached = max(PIECE_BYTES // (8 * (q + 1)), 1)
-    near = min(1 << (cached.bit_length() - 1), step)
+    near = min(tile_rows(q + 1, 0, PIECE_BYTES), step)
     room = block.workspace(step * p + near * (q + 1 - p))
     features, rest = room[: step * p].reshape(step, p), room[step * p :]
     square, beside = np.empty((0, 0)), np.zeros((q + 1 - p, q + 1))
@@ -125,10 +126,11 @@ def _products(block: Block, centre: Array, root: Array | None, precision: str) -
             if len(others) > FEW:
                 beside[:, :p] += others.dot(z)
                 beside[:, p:] += others.dot(others.T)
-            else:
-                for j, row in enumerate(others):
-                    beside[j, :p] += row.dot(z)
-                    beside[j, p : p + j + 1] += others[: j + 1].dot(row)
+                continue
+            for j, row in enumerate(others):
+                for at in range(0, height, SHORT_ROWS):  # BLAS sums matrix-vector products row by row
+                    beside[j, :p] += row[at : at + SHORT_ROWS].dot(z[at : at + SHORT_ROWS])
+                beside[j, p : p + j + 1] += others[: j + 1].dot(row)
         found = _square(features[:rows], precision)
         square = np.add(square, found, out=square) if first else found
     for j in range(1, len(beside)):
@@ -152,10 +154,16 @@ def _square(features: Array, precision: str) -> Array:
     """Return the products with each other of all columns of `features`, (m, p).
 
     It is the symmetric product, `z.T.dot(z)` of one contiguous array: another spelling would give other bits. In single precision
-    it alone is made of float32 numbers, twice as fast; sums of products are float64 always.
+    it alone is made of float32 numbers, twice as fast; the sums of short products are float64 always.
     """
-    z = features if precision == "double" else features.astype(np.float32)
-    product: Array = z.T.dot(z).astype(np.float64, copy=False)
+    if precision == "double":
+        product: Array = features.T.dot(features)
+        return product
+    p = features.shape[1]
+    short, product = max(SHORT_ROWS, 4 * p), np.zeros((p, p))
+    for first in range(0, len(features), short):
+        z = features[first : first + short].astype(np.float32)
+        product += z.T.dot(z)
     return product
 
 

@@ -102,7 +102,8 @@ def chunk_codec(array: zarr.Array[Any]) -> ChunkCodec | None:
     """Return the codec of the (inner) chunks of `array`, or None where zarr itself must decode them."""
     metadata: Any = array.metadata
     if metadata.zarr_format == 2:
-        if metadata.filters or (metadata.compressor is not None and metadata.compressor.codec_id not in {**_DECLARING, **_BOUNDED}):
+        compressor = metadata.compressor
+        if metadata.filters or (compressor is not None and compressor.codec_id not in _DECLARING.keys() | _BOUNDED.keys()):
             return None
         return ChunkCodec(array.chunks, array.dtype, metadata.order, False, metadata.compressor)
     codecs = metadata.codecs

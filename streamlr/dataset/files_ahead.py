@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 
@@ -13,9 +12,9 @@ from streamlr.dataset.buffers import Buffer
 
 ADVISED = hasattr(os, "posix_fadvise")  # not on macOS and Windows
 READING = os.O_RDONLY | getattr(os, "O_BINARY", 0)  # Windows would change ends of lines
-WAITING, RATE = 5e-4, 1e9  # seconds, and then bytes a second: slower is a file that does not come from memory
+NOWAIT = getattr(os, "RWF_NOWAIT", None)  # Linux alone
 LARGE = 2**20  # bytes of a file, beside which telling the kernel of the next one costs nothing
-AHEAD = 64  # small files that are opened ahead after one that was waited for
+AHEAD = 64  # small files that are opened ahead after one that the disk let wait for
 
 
 class Files:
@@ -52,9 +51,7 @@ class Files:
             file, self._next = self._next[1], None
         else:
             file = os.open(self._folder + key, READING)
-        began = time.perf_counter()
-        found = _read(file, request, buffer)
-        waited = time.perf_counter() - began > WAITING + len(found) / RATE
+        found, waited = _read(file, request, buffer)
         self._ahead = AHEAD if waited else max(self._ahead - 1, int(len(found) >= LARGE))
         if self._ahead and self._next is None:
             self._open_next(key)
@@ -76,20 +73,32 @@ class Files:
             return
 
 
-def _read(file: int, request: ByteRequest | None, buffer: Buffer) -> memoryview:
-    """Read an open file, or a part of it, and close it."""
+def _read(file: int, request: ByteRequest | None, buffer: Buffer) -> tuple[memoryview, bool]:
+    """Read an open file, or a part of it, and close it; tell whether the disk was waited for, as far as that can be known."""
     try:
         start, stop = 0, os.fstat(file).st_size
         if isinstance(request, SuffixByteRequest):
             start = max(stop - request.suffix, 0)
         elif isinstance(request, RangeByteRequest):
             start, stop = min(request.start, stop), min(request.end, stop)
-        view, done = buffer.take(stop - start).data, 0
+        view = buffer.take(stop - start).data
+        done = _in_memory(view, file, start)
+        waited = done < len(view)
         while done < len(view) and (count := _fill(view[done:], file, start + done)):
             done += count
-        return view[:done]
+        return view[:done], waited
     finally:
         os.close(file)
+
+
+def _in_memory(view: memoryview, file: int, offset: int) -> int:
+    """Read from an offset on what the kernel has in memory, and return the number of bytes; 0 where it cannot be asked for that."""
+    if NOWAIT is None:
+        return 0
+    try:
+        return os.preadv(file, [view], offset, NOWAIT)
+    except OSError:  # nothing there, or a disk that does not tell; what is wrong with it shows when it is read
+        return 0
 
 
 def _fill(view: memoryview, file: int, offset: int) -> int:

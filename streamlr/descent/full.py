@@ -104,9 +104,9 @@ class SumsOf:
         with np.errstate(all="ignore"):  # what leaves the range of float64 is found in the sum
             self.coordinates.prepare(block.x, block.y, block.weights, rows)
             a, y, w = self.coordinates.parts(rows)
-            residuals = y - a @ self.b
+            residuals = y - a.dot(self.b)
             weighted = residuals if w is None else w * residuals
-            products, squares = a.T @ weighted, float((weighted * residuals).sum())
+            products, squares = a.T.dot(weighted), float((weighted * residuals).sum())
         if not np.isfinite(squares):
             return Sums(products, squares, 0.0, self._residuals.empty())
         return Sums(products, squares, float(len(rows) if w is None else w.sum()), self._residuals.of(block))

@@ -71,7 +71,7 @@ class Objective:
         direction : (d, k) float64
             v.
         """
-        if direction.shape[1] == 1:  # as for residuals
+        if direction.shape[1] == 1:  # as for residuals: a target that is infinite spoils those too
             whole = np.zeros((rows.shape[1], 1))
             whole[: len(direction)] = direction
             ahead = rows.dot(whole)

@@ -69,7 +69,10 @@ class Coordinates:
         return self.n_trained + self.n_targets + self.weighted
 
     def prepare(self, x: Array, y: Array, weights: Array | None, out: Array) -> None:
-        """Write rows x (m, p) and y (m, k), with their weights (m,) or None, as [z 1 y' w] into `out` (m, width), in C order."""
+        """Write rows x (m, p) and y (m, k), with their weights (m,) or None, as [z 1 y' w] into `out` (m, width), in C order.
+
+        All are float64, and the numbers of a row of x neighbours in memory.
+        """
         p, d, k = self.n_features, self.n_trained, self.n_targets
         _copy_rows(x, out[:, :p])
         out[:, p:d], out[:, d : d + k] = 1.0, y
@@ -79,7 +82,7 @@ class Coordinates:
         shift[:p], shift[d : d + k] = self.mean, self.target_mean
         unit[:p], unit[d : d + k], unit[d + k :] = self.scale, self.target_scale, self.mean_weight
         together = max(LONG // self.width, 1)  # rows as one long one
-        together = min(1 << (together.bit_length() - 1), max(len(out), 1))  # of which pieces, that are powers of two, leave no rest
+        together = min(1 << (together.bit_length() - 1), max(len(out), 1))  # of which whole pieces, powers of two, leave no rest
         whole = len(out) - len(out) % together
         for rows, times in (out[:whole].reshape(-1, together * self.width), together), (out[whole:], 1):
             if len(rows):
@@ -187,7 +190,7 @@ def plain_coordinates(weights: Array | None, n_features: int, n_targets: int, *,
 
 def _copy_rows(rows: Array, out: Array) -> None:
     """Copy rows whose numbers lie side by side, each as one item: NumPy is slow where it has few numbers to walk along."""
-    item = np.dtype((np.void, rows.itemsize * rows.shape[1]))
+    item = np.dtype((np.void, out.itemsize * out.shape[1]))
     out.view(item)[:] = rows.view(item)
 
 

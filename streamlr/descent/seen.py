@@ -46,9 +46,9 @@ class Seen(NamedTuple):
         """Return what was met with the residuals and targets (m, k) of some more rows, of weights (m, 1) or None."""
         w = np.ones(len(targets)) if weights is None else weights[:, 0]
         total = float(w.sum())
-        centre = self.centre if self.weight or not total else (w @ targets) / total  # rows of no weight have no say
+        centre = self.centre if self.weight or not total else w.dot(targets) / total  # rows of no weight have no say
         away = targets - centre
-        sums = [w @ np.abs(residuals), column_squares(residuals, weights), w @ away, column_squares(away, weights)]
+        sums = [w.dot(np.abs(residuals)), column_squares(residuals, weights), w.dot(away), column_squares(away, weights)]
         return Seen(self.rows + len(targets), self.steps + steps, self.weight + total, centre, self.sums + sums)
 
     def joined(self, other: Seen) -> Seen:

@@ -178,7 +178,7 @@ class Walk:
         filled = m + -m % height
         z, met = np.empty((filled, d)), np.empty((filled, k))
         transform = self._reduce_rows(a, w, transform, z[:m])
-        np.subtract(y, a @ b, out=met[:m])
+        np.subtract(y, a.dot(b), out=met[:m])
         z[m:], met[m:] = 0.0, 0.0
         sizes = np.zeros((filled, 1))
         sizes[:m, 0] = 2 * self.schedule(np.arange(step, step + m))
@@ -196,10 +196,10 @@ class Walk:
             residuals[:] = dtrsm(1.0, system, residuals, lower=0, trans_a=1, diag=1, overwrite_b=1)
             theta += back.dot(residuals)
         met = met[:m]
-        gradients = gradients - 2 * (z[:m].T @ (met if w is None else w * met))
+        gradients = gradients - 2 * z[:m].T.dot(met if w is None else w * met)
         if self.average:
             share = np.arange(m, 0, -1.0)[:, None] / m  # of the iterates, those that a row's step is in
-            growth = moves[:m].T @ (share * met)
+            growth = moves[:m].T.dot(share * met)
             average = average.of(b + (growth if transform is None else transform @ growth), m)
         b = b + (theta if transform is None else transform @ theta)
         return Iterate(b, transform, here.memory, average, gradients, step + m), met

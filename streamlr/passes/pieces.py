@@ -20,7 +20,7 @@ Prepare = Callable[[Array, Array, Array | None, Array], None]
 
 
 def new_piece(width: int) -> Array:
-    """Return memory for a piece of rows of so many numbers: a power of two of them, as tiles have, which so are whole pieces."""
+    """Return memory for a piece of rows of so many numbers: a power of two of them, so that whole tiles are whole pieces."""
     rows = max(PIECE_BYTES // (8 * width), 1)
     return np.empty((1 << (rows.bit_length() - 1), width))
 

@@ -367,12 +367,22 @@ def test_a_pass_does_not_wait_for_requests_that_hang(memory):
 
 
 @pytest.mark.skipif(not files_ahead.ADVISED, reason="this system takes no advice on files")
+def nothing(view, file, offset):
+    """What a file gives that is not in memory."""
+    return 0
+
+
+def all_of_it(view, file, offset):
+    """What a file gives that is in memory."""
+    return os.preadv(file, [view], offset)
+
+
 class TestFiles:
     """Of files that are waited for, the kernel is told of the next one while one is decoded."""
 
     @pytest.fixture(autouse=True)
     def waited(self, monkeypatch):
-        monkeypatch.setattr(files_ahead, "WAITING", -1.0)
+        monkeypatch.setattr(files_ahead, "_in_memory", nothing)
 
     @pytest.fixture
     def path(self, tmp_path, rows):
@@ -403,7 +413,7 @@ class TestFiles:
     @pytest.mark.parametrize("large", [False, True])
     def test_small_files_that_come_from_memory_are_not_told_of(self, path, advised, monkeypatch, large):
         """But for the first, before it is known where they come from."""
-        monkeypatch.setattr(files_ahead, "WAITING", 1e3)
+        monkeypatch.setattr(files_ahead, "_in_memory", all_of_it)
         if large:
             monkeypatch.setattr(files_ahead, "LARGE", 500)
         dataset = streamlr.open_dataset(path)
@@ -411,12 +421,19 @@ class TestFiles:
         assert len(advised) == (N // CHUNK + N // 450 if large else 2)
 
     def test_after_one_that_is_waited_for_some_are_told_of(self, path, advised, monkeypatch):
-        monkeypatch.setattr(files_ahead, "WAITING", 1e3)
+        monkeypatch.setattr(files_ahead, "_in_memory", all_of_it)
         monkeypatch.setattr(files_ahead, "AHEAD", 3)
         blocks = streamlr.open_dataset(path).blocks(Span(0, N), lambda tally: None, CHUNK)
         for number, _ in enumerate(blocks):
-            monkeypatch.setattr(files_ahead, "WAITING", -1.0 if number == 9 else 1e3)
+            monkeypatch.setattr(files_ahead, "_in_memory", nothing if number == 9 else all_of_it)
         assert [name for name in advised if "/X/" in name] == [str(path / f"X/c/{i}/0") for i in (0, 11, 12, 13)]
+
+    def test_what_comes_from_memory_in_part_is_read_to_its_end(self, path, rows, monkeypatch):
+        monkeypatch.setattr(files_ahead, "_in_memory", lambda view, file, offset: os.preadv(file, [view[: len(view) // 3]], offset))
+        found, ended = read(streamlr.open_dataset(path), Span(0, N))
+        assert ended == ""
+        monkeypatch.setattr(files_ahead, "_in_memory", nothing)
+        assert found == read(streamlr.open_dataset(path), Span(0, N))[0]
 
     def test_no_file_is_left_open(self, path, advised):
         blocks = streamlr.open_dataset(path).blocks(Span(0, N), lambda tally: None)
