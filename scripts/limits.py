@@ -87,7 +87,7 @@ def hand_tuned(path: Path) -> Timed:
                 for w in weights:
                     root = np.sqrt(w[a : a + step])[:, None]
                     rows, target = rows * root, target * root
-                own[:, :p] += rows.T.dot(rows)  # as `@`, which lets no other thread run where results are few
+                own[:, :p] += rows.T.dot(rows)  # `@` lets no other thread run where results are few
                 own[:, p:] += rows.T.dot(target)
         with lock:
             total[...] += own

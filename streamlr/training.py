@@ -123,7 +123,7 @@ class Training:
             check_apart(self.dataset, checkpoint)
         plan, by_moments = self._planned(rows)
         with nullcontext() if checkpoint is None else held(checkpoint), one_blas_thread():
-            kept = None if checkpoint is None else Checkpoint(checkpoint, self._identity(), self.options.checkpoint_every)
+            kept = None if checkpoint is None else Checkpoint(checkpoint, self._identity(rows), self.options.checkpoint_every)
             walk = self._walk(rows, self._sample_readers(rows) if self.options.streams > 1 else plan.tasks_at_once)
             full = self.options.mode == "gd"
             loop = self._full_loop(rows, held_out, walk, kept, by_moments) if full else self._loop(rows, held_out, walk, kept, plan)
@@ -303,11 +303,11 @@ class Training:
         total, size = rows.stored_rows, rows.stored_rows * rows.row_bytes
         self.progress(Event(self.options.mode, total, total, size, size, record.seconds, str(record)))
 
-    def _identity(self) -> dict[str, Any]:
-        """Return what a checkpoint belongs to."""
+    def _identity(self, rows: Dataset) -> dict[str, Any]:
+        """Return what a checkpoint of a descent over these rows belongs to."""
         options = self.options.to_dict()
         del options["checkpoint_every"]  # when it is written changes nothing in it
-        order, width = self._order(self.dataset)
+        order, width = self._order(rows)
         return {
             "fingerprint": self.dataset.fingerprint,
             "options": options,

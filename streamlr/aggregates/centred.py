@@ -97,7 +97,7 @@ def _mean_of_some(block: Block) -> Array:
     some = block.x[::every], block.y[::every]
     if w is None:
         return np.concatenate([rows.sum(axis=0) for rows in some]) / len(some[0])
-    mean: Array = np.concatenate([w @ rows for rows in some]) / w.sum()
+    mean: Array = np.concatenate([w.dot(rows) for rows in some]) / w.sum()
     return mean
 
 
@@ -123,18 +123,9 @@ def _products(block: Block, centre: Array, root: Array | None, precision: str) -
             if root is not None:
                 z *= root[here]
                 others *= root[here].T
-            if len(others) > FEW:
-                beside[:, :p] += others.dot(z)
-                beside[:, p:] += others.dot(others.T)
-                continue
-            for j, row in enumerate(others):
-                for at in range(0, height, SHORT_ROWS):  # BLAS sums matrix-vector products row by row
-                    beside[j, :p] += row[at : at + SHORT_ROWS].dot(z[at : at + SHORT_ROWS])
-                beside[j, p : p + j + 1] += others[: j + 1].dot(row)
+            beside += _beside(z, others)
         found = _square(features[:rows], precision)
         square = np.add(square, found, out=square) if first else found
-    for j in range(1, len(beside)):
-        beside[:j, p + j] = beside[j, p : p + j]  # symmetric to the last bit, whatever made it
     return Products(square, beside)
 
 
@@ -148,6 +139,21 @@ def _centre(x: Array, y: Array, centre: Array, features: Array, rest: Array) -> 
     np.subtract(x.reshape(m // fold, -1), np.tile(centre[:p], fold), out=features.reshape(m // fold, -1))
     np.subtract(y.T, centre[p:, None], out=rest[:-1])
     rest[-1] = 1.0
+
+
+def _beside(features: Array, others: Array) -> Array:
+    """Return the products of targets and ones, the rows of `others`, with features (m, p) and with each other."""
+    p = features.shape[1]
+    products = np.empty((len(others), p + len(others)))
+    if len(others) > FEW:
+        products[:, :p], products[:, p:] = others.dot(features), others.dot(others.T)
+        return products
+    for j, row in enumerate(others):
+        pieces = (slice(at, at + SHORT_ROWS) for at in range(0, len(row), SHORT_ROWS))
+        products[j, :p] = sum(row[piece].dot(features[piece]) for piece in pieces)  # BLAS would sum all of them row by row
+        products[j, p : p + j + 1] = others[: j + 1].dot(row)
+        products[:j, p + j] = products[j, p : p + j]
+    return products
 
 
 def _square(features: Array, precision: str) -> Array:

@@ -105,7 +105,7 @@ def chunk_codec(array: zarr.Array[Any]) -> ChunkCodec | None:
         compressor = metadata.compressor
         if metadata.filters or (compressor is not None and compressor.codec_id not in _DECLARING.keys() | _BOUNDED.keys()):
             return None
-        return ChunkCodec(array.chunks, array.dtype, metadata.order, False, metadata.compressor)
+        return ChunkCodec(array.chunks, array.dtype, metadata.order, False, compressor)
     codecs = metadata.codecs
     if array.shards is not None:
         codecs = codecs[0].codecs

@@ -366,7 +366,6 @@ def test_a_pass_does_not_wait_for_requests_that_hang(memory):
     assert store.ended == store.asked.total()
 
 
-@pytest.mark.skipif(not files_ahead.ADVISED, reason="this system takes no advice on files")
 def nothing(view, file, offset):
     """What a file gives that is not in memory."""
     return 0
@@ -377,6 +376,7 @@ def all_of_it(view, file, offset):
     return os.preadv(file, [view], offset)
 
 
+@pytest.mark.skipif(not files_ahead.ADVISED, reason="this system takes no advice on files")
 class TestFiles:
     """Of files that are waited for, the kernel is told of the next one while one is decoded."""
 
@@ -428,7 +428,7 @@ class TestFiles:
             monkeypatch.setattr(files_ahead, "_in_memory", nothing if number == 9 else all_of_it)
         assert [name for name in advised if "/X/" in name] == [str(path / f"X/c/{i}/0") for i in (0, 11, 12, 13)]
 
-    def test_what_comes_from_memory_in_part_is_read_to_its_end(self, path, rows, monkeypatch):
+    def test_what_comes_from_memory_in_part_is_read_to_its_end(self, path, monkeypatch):
         monkeypatch.setattr(files_ahead, "_in_memory", lambda view, file, offset: os.preadv(file, [view[: len(view) // 3]], offset))
         found, ended = read(streamlr.open_dataset(path), Span(0, N))
         assert ended == ""
