@@ -18,6 +18,7 @@ from strategies import cuts
 import streamlr
 from streamlr import Descent
 from streamlr.aggregates.cost import residual_sums
+from streamlr.dataset.blocks import Block
 from streamlr.dataset.ingest import ingest
 from streamlr.demo import FORMULA, flights_path
 from streamlr.descent.scaling import Coordinates
@@ -386,7 +387,7 @@ def test_what_steps_met_is_the_cost_of_their_residuals(seed, k, weighted, unit, 
         seen = seen.of(residuals[first:last], targets[first:last], w[first:last] if weighted else None, 1)
     weights = w[:, 0] * mean_weight if weighted else None
     names = tuple("uvw"[:k])
-    expected = residual_sums(residuals * unit, targets * unit, weights, names).cost()
+    expected = residual_sums(Block(0, n, residuals * unit, targets * unit, weights), names).cost()
     found = seen.cost(coordinates, names)
     assert found.n == expected.n
     for name in ("mse", "mae", "weight_sum"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from streamlr.aggregates.centred import CONSTANT
 from streamlr.aggregates.moments import Moments, MomentsOf
 from streamlr.dataset.blocks import Block
-from streamlr.dataset.buffers import Buffer
 from streamlr.errors import NoRows
 
 Number = float | NDArray[np.float64]
@@ -135,28 +134,25 @@ class ResidualsOf:
 
     def of(self, block: Block) -> Residuals:
         """Return the sums over the rows of `block`."""
+        if not self.coef.all():  # there may be a BLAS that skips what is multiplied by zero
+            block.confirm()
         # a product is free to round rows by their neighbours, but a tile's rows always have the same: `predictions` is slower
-        residuals = block.y - self.intercept
-        residuals -= block.x.dot(self.coef)
-        return residual_sums(residuals, block.y, block.weights, self.target_names, block.room)
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is found in the sums
+            residuals = block.y - self.intercept
+            residuals -= block.x.dot(self.coef)
+        return residual_sums(replace(block, x=residuals), self.target_names)
 
     @property
     def _columns(self) -> MomentsOf:
         return MomentsOf(self.target_names, self.target_names)
 
 
-def residual_sums(
-    residuals: NDArray[np.float64],
-    y: NDArray[np.float64],
-    weights: NDArray[np.float64] | None,
-    target_names: tuple[str, ...],
-    room: Buffer | None = None,
-) -> Residuals:
-    """Return the sums over rows with residuals and targets y, both (m, k), and weights (m,) or None; `room` is to work in."""
-    w = np.ones(len(y)) if weights is None else weights
-    with np.errstate(over="ignore"):
-        magnitudes = w.dot(np.abs(residuals))
-    return Residuals(magnitudes, MomentsOf(target_names, target_names).of(Block(0, len(y), residuals, y, weights, room)))
+def residual_sums(rows: Block, target_names: tuple[str, ...]) -> Residuals:
+    """Return the sums over rows that have residuals (m, k) in the place of features."""
+    w = np.ones(len(rows.y)) if rows.weights is None else rows.weights
+    with np.errstate(over="ignore", invalid="ignore"):
+        magnitudes = w.dot(np.abs(rows.x))
+    return Residuals(magnitudes, MomentsOf(target_names, target_names).of(rows))
 
 
 def predictions(x: NDArray[np.float64], coef: NDArray[np.float64], intercept: NDArray[np.float64]) -> NDArray[np.float64]:

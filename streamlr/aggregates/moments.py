@@ -201,6 +201,7 @@ class MomentsOf:
         n, weights = len(block.x), block.weights
         n_weighted = n if weights is None else int(np.count_nonzero(weights))
         if n_weighted == 0:
+            block.confirm()
             return replace(self.empty(), n=n)
         exponent = np.zeros(self.width, dtype=np.int32)
         small, large = SQUARES[self.precision]
@@ -218,6 +219,7 @@ class MomentsOf:
                     x, y = np.ldexp(block.x, -unit[:p]), np.ldexp(block.y, -unit[p:])
                     mean, rest, scatter = centred_product(Block(block.start, block.stop, x, y, weights), total, self.precision)
         if not np.isfinite(np.diagonal(scatter)).all():
+            block.confirm()
             raise NumericalError(
                 f"the squares of rows {block.start:,} to {block.stop - 1:,} overflow although every value is finite; "
                 "are there weights near 1e300? divide them by their largest"

@@ -42,7 +42,7 @@ class Statistic(Protocol[S_co]):
         ...
 
     def of(self, block: Block) -> S_co:
-        """Return the value of the rows of `block`, keeping no reference to them."""
+        """Return the value of the rows of `block`, keeping no reference to them; `confirm` it where the value is not finite."""
         ...
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,6 +35,8 @@ class Block:
         Weights of the kept rows.
     room : Buffer or None
         Memory to work in that its owner uses again for the next block.
+    doubt : callable or None
+        Raises if a feature or target is NaN or infinite, where nobody has looked yet.
     """
 
     start: int
@@ -43,13 +45,26 @@ class Block:
     y: NDArray[np.float64]
     weights: NDArray[np.float64] | None = None
     room: Buffer | None = None
+    doubt: Callable[[], object] | None = None
+
+    def confirm(self) -> None:
+        """Look for values that are NaN or infinite, unless somebody has: sums of them are not finite, which calls for a look.
+
+        Raises
+        ------
+        NonFiniteValue
+            There is one.
+        """
+        if self.doubt is not None:
+            self.doubt()
 
     def workspace(self, count: int) -> NDArray[np.float64]:
         """Return memory for `count` numbers, with anything in it; what was taken before is overwritten."""
         return np.empty(count) if self.room is None else self.room.take(8 * count).view(np.float64)
 
     def copy(self) -> Block:
-        """Return a block that owns its rows."""
+        """Return a block that owns its rows, which are confirmed."""
+        self.confirm()
         weights = None if self.weights is None else self.weights.copy()
         return Block(self.start, self.stop, self.x.copy(), self.y.copy(), weights)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -44,7 +46,9 @@ class DatasetReader:
             self._expecting = False
             self._expect(())  # an error, or a caller that stops here, leaves no request behind
 
-    def blocks(self, span: Span, report: Callable[[Tally], None], tile: int | None = None) -> Iterator[Block]:
+    def blocks(
+        self, span: Span, report: Callable[[Tally], None], tile: int | None = None, *, confirmed: bool = True
+    ) -> Iterator[Block]:
         """Read the rows of a span: blocks that end where tiles end, promoted, checked and with missing rows left out.
 
         The span's own rows are asked for ahead; and those of later spans where the caller is `expecting` them.
@@ -57,6 +61,9 @@ class DatasetReader:
             Called with the tally of each block before it is yielded; may raise to stop the reading.
         tile : int, optional
             Rows of a tile; by default the dataset's.
+        confirmed : bool
+            Look for what is not finite in every block. Whoever forms sums in which it shows may do without, and `confirm` blocks
+            whose sums are not finite. Where rows are left out they are looked for in any case.
 
         Yields
         ------
@@ -70,7 +77,7 @@ class DatasetReader:
                 weights = None if self._weights is None else self._weights.rows(piece)[:, 0]
                 rounded = {self.dataset.feature_names[j] for j in self._x.rounded(x)}
                 rounded |= {self.dataset.target_names[j] for j in self._y.rounded(y)}
-                block, dropped, by_column = self._checked(piece, x, y, weights)
+                block, dropped, by_column = self._checked(piece, x, y, weights, confirmed)
                 chunks_missing = self._chunks_missing()
                 report(Tally(piece.stop - piece.start, dropped, by_column, chunks_missing - missing_before, frozenset(rounded)))
                 missing_before = chunks_missing
@@ -89,17 +96,18 @@ class DatasetReader:
         return sum(side.chunks_missing for side in self._sides)
 
     def _checked(
-        self, piece: Span, x: NDArray[np.float64], y: NDArray[np.float64], weights: NDArray[np.float64] | None
+        self, piece: Span, x: NDArray[np.float64], y: NDArray[np.float64], weights: NDArray[np.float64] | None, confirmed: bool
     ) -> tuple[Block, int, dict[str, int]]:
         positions: NDArray[np.int64] | None = None
         if self.dataset.subsets:
             positions = np.flatnonzero(self.dataset.chosen(piece.start, piece.stop))
             x, y, weights = x[positions], y[positions], None if weights is None else weights[positions]
-        dropped = 0
-        by_column: dict[str, int] = {}
+        dropped, by_column = 0, dict[str, int]()
         block = Block(piece.start, piece.stop, x, y, weights, self._room)
-        if not (_surely_finite(x) and _surely_finite(y) and (weights is None or _surely_finite(weights))):
+        if confirmed or self.dataset.missing != "error" or not (weights is None or _surely_finite(weights)):
             block, dropped, by_column = self._without_missing(block, positions)
+        else:
+            block = replace(block, doubt=partial(self._without_missing, block, positions))
         if weights is not None and (weights < 0).any():
             i = int(np.argmax(weights < 0))
             raise DataError(
@@ -109,6 +117,8 @@ class DatasetReader:
 
     def _without_missing(self, block: Block, positions: NDArray[np.int64] | None) -> tuple[Block, int, dict[str, int]]:
         parts = [block.x, block.y, *([] if block.weights is None else [block.weights[:, None]])]
+        if all(map(_surely_finite, parts)):
+            return block, 0, {}
         names = (*self.dataset.feature_names, *self.dataset.target_names, "weights")
         # only masks are made of the whole tile, an eighth of its bytes each
         lacking, infinite = (np.column_stack([test(part) for part in parts]) for test in (np.isnan, np.isinf))

@@ -108,6 +108,7 @@ class SumsOf:
             weighted = residuals if w is None else w * residuals
             products, squares = a.T.dot(weighted), float((weighted * residuals).sum())
         if not np.isfinite(squares):
+            block.confirm()
             return Sums(products, squares, 0.0, self._residuals.empty())
         return Sums(products, squares, float(len(rows) if w is None else w.sum()), self._residuals.of(block))
 

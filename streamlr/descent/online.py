@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from streamlr.aggregates.cost import Residuals, residual_sums
 from streamlr.aggregates.moments import MomentsOf
+from streamlr.dataset.blocks import Block
 from streamlr.descent.automatic import HOLD, SAMPLE_ROWS, Automatic, sample_rows, walk_of
 from streamlr.descent.loop import RUINED, diverged, grown, restarts
 from streamlr.descent.options import Descent
@@ -190,7 +191,8 @@ class Online:
         growth = np.inf if self.options.learning_rate == "auto" else RUINED
         if what := grown(squares[0] if finite else np.inf, squares[1], growth):
             raise diverged(walk, here.step, before.b, state.history, what)
-        seen = residual_sums(residuals * coordinates.target_scale, rows[:, self.n_features : q], rows[:, q], self._names)
+        block = Block(0, len(rows), residuals * coordinates.target_scale, rows[:, self.n_features : q], rows[:, q])
+        seen = residual_sums(block, self._names)
         return state._replace(here=here, rows=total, seen=state.seen + seen, squares=squares)
 
     def _moved(self, state: Standing, origin: tuple[Array, Array] | None, steps: int) -> Standing:

@@ -60,16 +60,16 @@ class Source:
     def __reduce__(self) -> tuple[type[Source], tuple[Dataset]]:
         return Source, (self.dataset,)  # readers stay where they are
 
-    def blocks(self, span: Span, share: Share, tile: int, lazy: Sequence[Any]) -> Iterator[Block]:
-        """Read the rows of a span; those of Dask arrays were computed for it."""
+    def blocks(self, span: Span, share: Share, tile: int, lazy: Sequence[Any], *, confirmed: bool = True) -> Iterator[Block]:
+        """Read the rows of a span, see `DatasetReader.blocks`; those of Dask arrays were computed for it."""
         if lazy:
-            yield from with_blocks(self.dataset, span, lazy).blocks(span, share.note, tile)
+            yield from with_blocks(self.dataset, span, lazy).reader().blocks(span, share.note, tile, confirmed=confirmed)
             return
         try:
             reader = self._idle.pop()
         except IndexError:
             reader = self.dataset.reader()
-        yield from reader.blocks(span, share.note, tile)
+        yield from reader.blocks(span, share.note, tile, confirmed=confirmed)
         reader.forget()  # what a span meets must not depend on which was read before it
         self._idle.append(reader)
 

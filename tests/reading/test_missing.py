@@ -11,11 +11,16 @@ from hypothesis import strategies as st
 from zarr.storage import MemoryStore
 
 import streamlr
+from streamlr.aggregates.cost import ResidualsOf
 from streamlr.aggregates.moments import MomentsOf
 from streamlr.aggregates.tree import Partial, Tree
 from streamlr.dataset.blocks import Span
+from streamlr.dataset.dataset import default_names
 from streamlr.dataset.subset import Subset
+from streamlr.descent.full import SumsOf
+from streamlr.descent.scaling import Coordinates
 from streamlr.errors import DataError, NonFiniteValue, NoRows, UsageError
+from streamlr.passes.reduce import reduce
 
 N, P = 9_000, 120  # tiles of 4,096 rows: three of them
 NAN = np.nan
@@ -37,7 +42,7 @@ def stored(x, y, weights=None, *, chunks=1000, columns=P, y_chunks=700):
     group.create_array("X", data=x, chunks=(chunks, columns))
     group.create_array("y", data=y, chunks=(y_chunks,))
     if weights is not None:
-        group.create_array("w", data=weights, chunks=(y_chunks + 1,))
+        group.create_array("w", data=weights, chunks=(y_chunks + 1,), config={"write_empty_chunks": True})
     return group
 
 
@@ -140,6 +145,34 @@ def test_a_value_that_is_not_finite_is_named(place, value):
             streamlr.fit(opened(x, y, weights, missing="drop"))
     else:
         assert streamlr.fit(opened(x, y, weights, missing="drop")).dropped_by_column == {name: 1}
+
+
+COORDINATES = {
+    weighted: Coordinates(np.zeros(P), np.ones(P), np.zeros(1), np.ones(1), True, 1.0, weighted) for weighted in (False, True)
+}
+STATISTICS = {
+    "moments": lambda weighted: MomentsOf(default_names("x", P), ("y",)),
+    "moments of single precision": lambda weighted: MomentsOf(default_names("x", P), ("y",), "single"),
+    "residuals": lambda weighted: ResidualsOf(np.ones((P, 1)), np.zeros(1), ("y",)),
+    "residuals of zeros": lambda weighted: ResidualsOf(np.zeros((P, 1)), np.zeros(1), ("y",)),
+    "gradient": lambda weighted: SumsOf(COORDINATES[weighted], np.ones((P + 1, 1)), ("y",)),
+    "gradient at zero": lambda weighted: SumsOf(COORDINATES[weighted], np.zeros((P + 1, 1)), ("y",)),
+}
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+@pytest.mark.parametrize("value", [NAN, np.inf, -np.inf])
+@pytest.mark.parametrize("chunks", [N, 997])  # whole tiles, and tiles that come in parts
+@pytest.mark.parametrize("weight", [None, 1.0, 0.0])
+@pytest.mark.parametrize("place", ["X", "y"])
+def test_sums_betray_every_value_that_is_not_finite(name, value, chunks, weight, place):
+    """Nobody looks for such a value before the sums are made, so it must show in them: even in a row that weighs nothing."""
+    x, y = (np.nan_to_num(array, nan=1.0) for array in make_rows()[:2])
+    {"X": x[:, 17], "y": y}[place][8_500] = value
+    weights = None if weight is None else np.where(np.arange(N) < 8_192, 1.0, weight)  # all of the last tile
+    arrays = (x, y) if weights is None else (x, y, weights)
+    with pytest.raises(NonFiniteValue, match=f"row 8,500, column '{'x17' if place == 'X' else 'y'}'"):
+        reduce(opened(*arrays, missing="error", chunks=chunks), STATISTICS[name](weight is not None), task="sums")
 
 
 def test_values_at_the_edge_of_float64_are_not_taken_for_infinities():
