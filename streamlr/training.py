@@ -39,7 +39,7 @@ from streamlr.passes.planning import draft_pass, plan_pass
 from streamlr.passes.progress import Callback, Event
 from streamlr.passes.reduce import Reduced, reduce
 from streamlr.passes.shuffle import Position
-from streamlr.passes.stream import RowStream, plan_stream
+from streamlr.passes.stream import SAMPLED, RowStream, plan_stream
 from streamlr.passes.streams import ParallelStreams
 from streamlr.passes.write import check_apart
 
@@ -179,7 +179,7 @@ class Training:
     def _walk(self, rows: Dataset, readers: int) -> Walk:
         """Look at a sample, and return how to go down."""
         width = rows.n_features + rows.n_targets + (rows.weights is not None)
-        order = Order(1, self.options.seed)
+        order, readers = Order(1, self.options.seed, shuffle=False), min(readers, SAMPLED - 1)
         stream = RowStream(rows, order, _as_read, width=width, readers=readers, task="sample", progress=self.progress)
         unit = most_rows(unit_spans(rows)) * rows.row_bytes
         units = min(max(SAMPLE_READ // unit, FEWEST_UNITS), MOST_UNITS)

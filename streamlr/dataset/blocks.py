@@ -62,6 +62,11 @@ class Block:
         """Return memory for `count` numbers, with anything in it; what was taken before is overwritten."""
         return np.empty(count) if self.room is None else self.room.take(8 * count).view(np.float64)
 
+    def part(self, first: int, last: int) -> Block:
+        """Return the kept rows from one number to before another, where they lie."""
+        weights = None if self.weights is None else self.weights[first:last]
+        return Block(self.start, self.stop, self.x[first:last], self.y[first:last], weights, doubt=self.doubt)
+
     def copy(self) -> Block:
         """Return a block that owns its rows, which are confirmed."""
         self.confirm()

@@ -71,17 +71,38 @@ class DatasetReader:
             Valid until the next one is asked for: its memory is used again.
         """
         with nullcontext() if self._expecting else self.expecting([span]):
-            missing_before = self._chunks_missing()
             for piece in tile_edges(span.start, span.stop, tile or self.dataset.tile_rows):
-                x, y = self._x.rows(piece), self._y.rows(piece)
-                weights = None if self._weights is None else self._weights.rows(piece)[:, 0]
-                rounded = {self.dataset.feature_names[j] for j in self._x.rounded(x)}
-                rounded |= {self.dataset.target_names[j] for j in self._y.rounded(y)}
-                block, dropped, by_column = self._checked(piece, x, y, weights, confirmed)
-                chunks_missing = self._chunks_missing()
-                report(Tally(piece.stop - piece.start, dropped, by_column, chunks_missing - missing_before, frozenset(rounded)))
-                missing_before = chunks_missing
-                yield block
+                yield self._read(piece, report, confirmed)
+
+    def fill(self, span: Span, report: Callable[[Tally], None], room: Block) -> Block:
+        """Read the rows of a span into memory, decoded where they stay if possible, and return those that are kept.
+
+        Parameters
+        ----------
+        span : Span
+            Rows to read.
+        report : callable
+            Called with the tally of what was read; may raise to stop the reading.
+        room : Block
+            Memory for so many rows, or more.
+
+        Returns
+        -------
+        Block
+            The part of `room` that is filled, which is perhaps to be confirmed.
+        """
+        dataset = self.dataset
+        if dataset.missing == "error" and not dataset.subsets and all(rows.dtype == np.float64 for rows in dataset.arrays):
+            with nullcontext() if self._expecting else self.expecting([span]):
+                return self._read(span, report, False, room)
+        filled = 0
+        for block in self.blocks(span, report):
+            here = room.part(filled, filled + len(block.x))
+            here.x[:], here.y[:] = block.x, block.y
+            if here.weights is not None:
+                here.weights[:] = block.weights
+            filled += len(block.x)
+        return room.part(0, filled)
 
     def forget(self) -> None:
         """Let go of what is held, but for its memory, as if nothing had been read."""
@@ -95,6 +116,21 @@ class DatasetReader:
     def _chunks_missing(self) -> int:
         return sum(side.chunks_missing for side in self._sides)
 
+    def _read(self, piece: Span, report: Callable[[Tally], None], confirmed: bool, room: Block | None = None) -> Block:
+        """Read some rows, into `room` if there is one, and report what was met."""
+        missing_before = self._chunks_missing()
+        x = self._x.rows(piece, None if room is None else room.x)
+        y = self._y.rows(piece, None if room is None else room.y)
+        weights = None
+        if self._weights is not None:
+            weights = self._weights.rows(piece, None if room is None or room.weights is None else room.weights[:, None])[:, 0]
+        rounded = {self.dataset.feature_names[j] for j in self._x.rounded(x)}
+        rounded |= {self.dataset.target_names[j] for j in self._y.rounded(y)}
+        block, dropped, by_column = self._checked(piece, x, y, weights, confirmed)
+        chunks_missing = self._chunks_missing() - missing_before
+        report(Tally(piece.stop - piece.start, dropped, by_column, chunks_missing, frozenset(rounded)))
+        return block
+
     def _checked(
         self, piece: Span, x: NDArray[np.float64], y: NDArray[np.float64], weights: NDArray[np.float64] | None, confirmed: bool
     ) -> tuple[Block, int, dict[str, int]]:
@@ -104,7 +140,7 @@ class DatasetReader:
             x, y, weights = x[positions], y[positions], None if weights is None else weights[positions]
         dropped, by_column = 0, dict[str, int]()
         block = Block(piece.start, piece.stop, x, y, weights, self._room)
-        if confirmed or self.dataset.missing != "error" or not (weights is None or _surely_finite(weights)):
+        if confirmed or self.dataset.missing != "error" or not (weights is None or surely_finite(weights)):
             block, dropped, by_column = self._without_missing(block, positions)
         else:
             block = replace(block, doubt=partial(self._without_missing, block, positions))
@@ -117,7 +153,7 @@ class DatasetReader:
 
     def _without_missing(self, block: Block, positions: NDArray[np.int64] | None) -> tuple[Block, int, dict[str, int]]:
         parts = [block.x, block.y, *([] if block.weights is None else [block.weights[:, None]])]
-        if all(map(_surely_finite, parts)):
+        if all(map(surely_finite, parts)):
             return block, 0, {}
         names = (*self.dataset.feature_names, *self.dataset.target_names, "weights")
         # only masks are made of the whole tile, an eighth of its bytes each
@@ -171,12 +207,15 @@ class _Beside:
         for reader in self._readers:
             reader.forget()
 
-    def rows(self, piece: Span) -> NDArray[np.float64]:
-        """Return the rows of a piece, (m, columns) in C order, valid until the next are asked for."""
-        if len(self._readers) == 1 and (view := self._readers[0].view(piece.start, piece.stop)) is not None:
-            return view
+    def rows(self, piece: Span, into: NDArray[np.float64] | None = None) -> NDArray[np.float64]:
+        """Return the rows of a piece, (m, columns) in C order, in `into` or else valid until the next are asked for."""
         shape = piece.stop - piece.start, self._width
-        tile = self._tile.take(8 * shape[0] * shape[1]).view(np.float64).reshape(shape)
+        if into is not None:
+            tile = into[: shape[0]]
+        elif len(self._readers) == 1 and (view := self._readers[0].view(piece.start, piece.stop)) is not None:
+            return view
+        else:
+            tile = self._tile.take(8 * shape[0] * shape[1]).view(np.float64).reshape(shape)
         for reader, place in zip(self._readers, self._places, strict=True):
             reader.read_into(tile[:, place], piece.start)
         return tile
@@ -187,7 +226,7 @@ class _Beside:
         return [int(j) for found in beyond for j in found]
 
 
-def _surely_finite(numbers: NDArray[np.float64]) -> bool:
+def surely_finite(numbers: NDArray[np.float64]) -> bool:
     """Whether the sum of squares is finite, which is found faster than anything else about numbers; then they are, too.
 
     `@` would keep other threads out of the interpreter all the while.

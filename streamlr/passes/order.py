@@ -13,13 +13,14 @@ from numpy.typing import NDArray
 from streamlr.dataset.blocks import Span
 from streamlr.dataset.dataset import Dataset
 from streamlr.passes.planning import block_spans
-from streamlr.passes.shuffle import START, Piece, Position, Stretch, as_stored, shuffled
+from streamlr.passes.shuffle import START, Position, Prepare, Stretch, stretches
+from streamlr.passes.windows import Window
 
 UNIT_BYTES = 4 * 2**20  # smaller chunks are read several at a time
 STRETCH_BYTES = 2**21
 BUFFER_BYTES = 64 * 2**20
-DRAWS = 256  # from the shuffle buffer for a batch, at least
-BUFFER_UNITS = 4  # a buffer holds at least so many units, so that it mixes rows from as many places
+DRAWS = 256  # from a window for a batch, at least
+BUFFER_UNITS = 4  # that are shuffled together at least, so that rows from as many places are mixed
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +34,11 @@ class Order:
     seed : int
         Another seed, another order.
     shuffle : bool
-        Shuffle units, and rows in a buffer; else rows come as stored.
+        Shuffle units, and the rows of so many of them that follow each other; else rows come as stored.
     buffer_rows : int or None
-        Rows of the buffer; None for four units, at least 64 MiB of rows.
+        Rows that are shuffled together, in whole units, one at least; None for four units, at least 64 MiB of rows.
     streams : int
-        Streams that units are dealt to in turn, each with a buffer of its own.
+        Streams that units are dealt to in turn, each with windows of its own.
     """
 
     batch_rows: int
@@ -52,16 +53,20 @@ class Order:
 
     @property
     def run(self) -> int:
-        """Rows that stay neighbours in the buffer, which memory likes: one, but for batches of more than 256."""
+        """Rows that stay neighbours, which memory likes: one, but for batches of more than 256."""
         return max(self.batch_rows // DRAWS, 1)
 
-    def capacity(self, dataset: Dataset, width: int) -> int:
-        """Rows of the shuffle buffer; 0 without one."""
+    def window_units(self, dataset: Dataset) -> int:
+        """Units that are shuffled together; one where nothing is."""
         if not self.shuffle:
-            return 0
+            return 1
         units = unit_spans(dataset, self.streams)
-        wanted = self.buffer_rows or max(BUFFER_UNITS * most_rows(units), BUFFER_BYTES // (8 * width))
-        return min(wanted, dataset.stored_rows, -(-len(units) // self.streams) * most_rows(units))
+        wanted = self.buffer_rows or max(BUFFER_UNITS * most_rows(units), BUFFER_BYTES // dataset.row_bytes)
+        return max(min(wanted // most_rows(units), -(-len(units) // self.streams)), 1)
+
+    def windows(self, readers: int) -> int:
+        """Windows in memory at once: the one that is used, and those that are read meanwhile."""
+        return 2 if self.shuffle else 1 + readers
 
     def units(self, dataset: Dataset, epoch: int) -> Sequence[Span]:
         """Return the units in the order of an epoch."""
@@ -71,13 +76,10 @@ class Order:
         return Picked(units, np.random.default_rng((self.seed, epoch)).permutation(len(units)))
 
     def stretches(
-        self, pieces: Iterator[Piece], width: int, capacity: int, place: tuple[int, ...], start: Position = START
+        self, windows: Iterator[Window], prepare: Prepare, width: int, place: tuple[int, ...], start: Position = START
     ) -> Iterator[Stretch]:
-        """Cut the pieces of an epoch, and perhaps of one of its streams, which is their `place`, into stretches, in this order."""
-        height = self.stretch_rows(width)
-        if not self.shuffle:
-            return as_stored(pieces, height, width, start)
-        return shuffled(pieces, height, width, start, capacity=capacity, seed=(self.seed, *place), run=self.run)
+        """Cut the windows of an epoch, and perhaps of one of its streams, which is their `place`, into stretches, in this order."""
+        return stretches(windows, prepare, self.stretch_rows(width), width, start, (self.seed, *place) if self.shuffle else None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from contextvars import copy_context
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import pairwise
-from queue import SimpleQueue
-from threading import Thread
-from typing import Any
+from threading import Condition, Thread
 
 import numpy as np
 from numpy.typing import NDArray
 
-from streamlr.dataset.blocks import Plan, Span, format_bytes
+from streamlr.dataset.blocks import Block, Plan, Span, format_bytes
 from streamlr.dataset.dataset import Dataset
 from streamlr.dataset.tally import Tally
 from streamlr.errors import MemoryLimitExceeded, UsageError
 from streamlr.passes.memory import one_blas_thread
-from streamlr.passes.order import Order, Picked, unit_spans
-from streamlr.passes.pieces import Prepare, new_piece, prepared
+from streamlr.passes.order import Order, Picked, most_rows, unit_spans
 from streamlr.passes.planning import make_plan
 from streamlr.passes.progress import Callback, running_pass, share_of_pass
-from streamlr.passes.shuffle import START, Piece, Position, Stretch
+from streamlr.passes.shuffle import START, Position, Prepare, Stretch, stretches
 from streamlr.passes.tasks import begin, end
+from streamlr.passes.windows import Window, read_units
 
-PIECES_AHEAD = 8
+SAMPLED = 4  # units in memory at once while a sample is taken
 
 Array = NDArray[np.float64]
 
@@ -73,9 +71,10 @@ def plan_stream(
     units, streams = unit_spans(dataset, order.streams), order.streams
     if streams > len(units):
         raise UsageError(f"streams is {streams:,}, and the rows are in {len(units):,} chunk(s); choose at most so many streams")
-    capacity = order.capacity(dataset, width)
-    buffer = (capacity * width + 2 * (capacity // order.run + 1)) * 8  # two integers a run for the order of its slots
-    reading, descending = dataset.reader_bytes, buffer + order.stretch_rows(width) * width * 8
+    places, height = order.window_units(dataset), most_rows(units)
+    window, unit = (Window.nbytes(dataset, count, height, order.run) for count in (places, 1))
+    reading, stretch = dataset.reader_bytes, 2 * order.stretch_rows(width) * width * 8  # prepared, and as they were read
+    shuffled = 3 * 8 * (places * height // order.run) * order.shuffle  # integers for the order of its runs
     try:
         if streams > 1:
             if dataset.lazy:
@@ -85,7 +84,7 @@ def plan_stream(
                 range(streams),
                 task=task,
                 merges=1,
-                task_bytes=reading + new_piece(width).nbytes + descending + state_bytes + 8 * len(units),  # and their order
+                task_bytes=reading + window + shuffled + stretch + state_bytes + 8 * len(units),  # and their order
                 result_bytes=streams * state_bytes,
                 solution_bytes=sample_bytes + streams * state_bytes,  # of who asks for them, whose sample comes first
                 passes=passes,
@@ -96,18 +95,19 @@ def plan_stream(
             units,
             task=task,
             merges=0,
-            task_bytes=reading + PIECES_AHEAD * new_piece(width).nbytes,
-            result_bytes=max(descending, sample_bytes) + state_bytes,
+            task_bytes=reading + (0 if order.shuffle else unit),
+            result_bytes=max(order.windows(0) * window + shuffled + stretch, SAMPLED * unit + sample_bytes) + state_bytes,
             passes=passes,
             memory=memory,
             here=True,
         )
         return replace(plan, n_tasks=plan.tasks_at_once)  # threads that read, each its share of the units
     except MemoryLimitExceeded as error:
-        if not buffer:
+        if places == 1:
             raise
         raise MemoryLimitExceeded(
-            f"{error}; {format_bytes(buffer)} of it are the shuffle buffer of {capacity:,} rows: a smaller buffer_rows mixes less"
+            f"{error}; {format_bytes(window)} of it are rows that are shuffled together, {places * height:,}, and as many that are "
+            "read meanwhile: a smaller buffer_rows mixes less"
         ) from None
 
 
@@ -149,8 +149,8 @@ class RowStream:
         """Yield the stretches of an epoch from `start` on, and check at its end that every row was seen and none has changed."""
         order = self.order
         units = order.units(self.dataset, number)
-        with closing(self._pieces(units, start)) as pieces:  # by itself it would live as long as the traceback of an error
-            yield from order.stretches(pieces, self.width, order.capacity(self.dataset, self.width), (number,), start)
+        with closing(self._windows(units, start.window)) as windows:  # by itself it would live as long as an error's traceback
+            yield from order.stretches(windows, self.prepare, self.width, (number,), start)
 
     def sample(self, rows: int, max_units: int) -> Array:
         """Return so many rows of units from all over the dataset, chosen by the seed; all their rows where there are no more.
@@ -168,9 +168,10 @@ class RowStream:
         chosen = [units[int(rng.integers(a, b))] for a, b in pairwise(edges)]
         most = min(rows, sum(span.stop - span.start for span in chosen))
         kept, keys, filled = np.empty((most, self.width)), np.empty(most), 0
-        with closing(self._pieces(chosen, START, whole=False)) as pieces:
-            for _, _, piece in pieces:  # nobody knows how many come: those of the least keys stay
-                drawn = rng.random(len(piece))
+        with closing(self._windows(chosen, 0, whole=False)) as windows:
+            height = self.order.stretch_rows(self.width)
+            for piece, _ in stretches(windows, self.prepare, height, self.width, START, None):
+                drawn = rng.random(len(piece))  # nobody knows how many come: those of the least keys stay
                 count = min(len(piece), most - filled)
                 kept[filled : filled + count], keys[filled : filled + count] = piece[:count], drawn[:count]
                 filled += count
@@ -182,75 +183,107 @@ class RowStream:
                     kept[lost], keys[lost] = piece[new], drawn[new]
         return kept[:filled]
 
-    def _pieces(self, units: Sequence[Span], start: Position, *, whole: bool = True) -> Generator[Piece, None, None]:
-        """Read units in order, by threads that each take every so-manieth unit and run ahead by a few pieces."""
-        lanes = [_Lane(self.width) for _ in range(min(self.readers, len(units) - start.unit))]
-        rows = self.dataset.stored_rows if whole else sum(span.stop - span.start for span in units)
-        skipped = sum(units[i].stop - units[i].start for i in range(start.unit))
-        with running_pass(self.task, rows, self.dataset.row_bytes, self.progress) as key, one_blas_thread():
+    def _windows(self, units: Sequence[Span], first: int, *, whole: bool = True) -> Generator[Window, None, None]:
+        """Read units in order into windows, from one of these on, by threads that each take every so-manieth unit."""
+        dataset, places = self.dataset, self.order.window_units(self.dataset)
+        start = min(first * places, len(units))
+        readers = min(self.readers, len(units) - start)
+        last = -(-len(units) // places)
+        height = most_rows(unit_spans(dataset))
+        memory = [Window(dataset, places, height, self.order.run) for _ in range(min(self.order.windows(readers), last - first))]
+        rows = dataset.stored_rows if whole else sum(span.stop - span.start for span in units)
+        skipped = sum(units[i].stop - units[i].start for i in range(start))
+        with running_pass(self.task, rows, dataset.row_bytes, self.progress) as key, one_blas_thread():
             if skipped:
                 with share_of_pass(key) as share:
                     share.note(Tally(rows=skipped))
+            ahead = _Ahead(memory, places, first)
             threads = []
-            for i, lane in enumerate(lanes):
-                own = Picked(units, range(start.unit + i, len(units), len(lanes)))
-                run, work = copy_context().run, (self._read, lane, own, key)  # the context knows the active client
+            for i in range(readers):
+                own = range(start + i, len(units), readers)
+                run, work = copy_context().run, (self._read, ahead, units, own, key)  # the context knows the active client
                 threads.append(Thread(target=run, args=work, name=f"streamlr_reader-{i}", daemon=True))
             try:
                 for thread in threads:
                     thread.start()
-                for number in range(start.unit, len(units)):
-                    lane = lanes[(number - start.unit) % len(lanes)]
-                    offset = 0
-                    while (found := lane.full.get()) is not None:
-                        if isinstance(found, BaseException):
-                            raise found
-                        memory, height = found
-                        first = max(start.offset - offset, 0) if number == start.unit else 0
-                        if first < height:
-                            yield Piece(number, offset + first, memory[first:height])
-                        offset += height
-                        lane.free.put(memory)
+                for number in range(first, last):
+                    yield ahead.filled(number, min(places, len(units) - number * places))
+                    ahead.release()
             finally:
-                for lane in lanes:
-                    lane.free.put(None)  # a reader that waits for memory ends
+                ahead.end()
             for thread in threads:
                 thread.join()
-            self.tally = sum((lane.tally for lane in lanes), Tally(rows=skipped))
+            self.tally = sum(ahead.tallies, Tally(rows=skipped))
             if whole:
-                end(self.dataset, self._before, self.tally)
+                end(dataset, self._before, self.tally)
 
-    def _read(self, lane: _Lane, units: Sequence[Span], key: str) -> None:
-        """Thread: read units, prepare their rows, and hand them over; an error is handed over too."""
+    def _read(self, ahead: _Ahead, units: Sequence[Span], numbers: range, key: str) -> None:
+        """Thread: read some of the units, each to its place; an error is handed over too."""
+        left = iter(numbers)
         try:
             with (
                 share_of_pass(key) as share,
-                np.errstate(all="ignore"),  # what leaves the range of float64 shows in the descent
-                closing(prepared(self.dataset, units, self.prepare, share.note, lane.rooms())) as found,
+                closing(read_units(self.dataset, Picked(units, numbers), share.note, ahead.rooms(numbers))) as found,
             ):
-                for unit in found:
-                    for piece in unit:
-                        lane.full.put(piece)
-                    lane.tally = share.tally
-                    lane.full.put(None)
+                for block in found:
+                    ahead.put(next(left), block)
+                ahead.tallies.append(share.tally)
         except BaseException as error:
-            lane.full.put(error)
+            ahead.put(next(left, -1), error)
 
 
-@dataclass
-class _Lane:
-    """What a reader and its taker exchange: pieces of memory, full and free."""
+class _Ahead:
+    """What readers and their taker share: windows, each filled while another is used, and what became of units."""
 
-    width: int
-    full: SimpleQueue[Any] = field(default_factory=SimpleQueue)
-    free: SimpleQueue[Any] = field(default_factory=SimpleQueue)
-    tally: Tally = field(default_factory=Tally)
+    def __init__(self, memory: Sequence[Window], places: int, first: int) -> None:
+        self.tallies: list[Tally] = []
+        self._memory, self._places = memory, places
+        self._changed = Condition()
+        self._free = first + len(memory)  # windows before this one may be filled; none where it is negative
+        self._units: dict[int, Block | BaseException] = {}
 
-    def __post_init__(self) -> None:
-        for _ in range(PIECES_AHEAD):
-            self.free.put(new_piece(self.width))
+    def rooms(self, numbers: Iterable[int]) -> Iterator[Block]:
+        """Yield memory for units as soon as it is free, until the taker has gone."""
+        for number in numbers:
+            window, place = divmod(number, self._places)
+            if not self._may_fill(window):
+                return
+            yield self._memory[window % len(self._memory)].room(place)
 
-    def rooms(self) -> Iterator[Array]:
-        """Yield free pieces of memory, until the taker has gone."""
-        while (memory := self.free.get()) is not None:
-            yield memory
+    def put(self, unit: int, found: Block | BaseException) -> None:
+        """Say what became of a unit."""
+        with self._changed:
+            self._units[unit] = found
+            self._changed.notify_all()
+
+    def filled(self, number: int, count: int) -> Window:
+        """Wait for the units of a window, and return it, or raise what went wrong with the first that did."""
+        window, first = self._memory[number % len(self._memory)], number * self._places
+        window.number, window.blocks = number, [self._found(unit) for unit in range(first, first + count)]
+        return window
+
+    def release(self) -> None:
+        """Say that the first of the filled windows is not used any more."""
+        with self._changed:
+            self._free += 1
+            self._changed.notify_all()
+
+    def end(self) -> None:
+        """Say that nobody wants any more rows."""
+        with self._changed:
+            self._free = -1
+            self._changed.notify_all()
+
+    def _may_fill(self, window: int) -> bool:
+        """Wait until a window is free, and return whether it still has to be filled."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._free < 0 or window < self._free)
+            return self._free >= 0
+
+    def _found(self, unit: int) -> Block:
+        with self._changed:
+            self._changed.wait_for(lambda: unit in self._units)
+            found = self._units.pop(unit)
+        if isinstance(found, BaseException):
+            raise found
+        return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
-from itertools import repeat
+from itertools import cycle, islice
 from typing import TypeVar
 
 import numpy as np
@@ -15,11 +15,11 @@ from streamlr.dataset.blocks import Span
 from streamlr.dataset.dataset import Dataset
 from streamlr.dataset.tally import Tally
 from streamlr.passes.memory import one_blas_thread
-from streamlr.passes.order import Order, Picked
-from streamlr.passes.pieces import Prepare, new_piece, prepared
+from streamlr.passes.order import Order, Picked, most_rows, unit_spans
 from streamlr.passes.progress import Callback, Share, running_pass, share_of_pass
-from streamlr.passes.shuffle import Piece
+from streamlr.passes.shuffle import Prepare
 from streamlr.passes.tasks import begin, compute, end, errors_of_graphs, one_at_a_time, tasks_of
+from streamlr.passes.windows import Window, read_units
 
 Array = NDArray[np.float64]
 R = TypeVar("R")
@@ -85,16 +85,15 @@ def read_stream(
     dataset: Dataset, key: str, order: Order, prepare: Prepare, width: int, number: int, use: Use[R], stream: int
 ) -> tuple[R, Tally]:
     """Task: give the stretches of one stream of an epoch to `use`."""
-    units, capacity = order.units(dataset, number), order.capacity(dataset, width)
+    units = order.units(dataset, number)
     own = Picked(units, range(stream, len(units), order.streams))
     with (
         one_at_a_time(dataset),
         share_of_pass(key) as share,
         one_blas_thread(),
-        np.errstate(all="ignore"),
-        closing(_pieces(dataset, own, prepare, width, share)) as pieces,
+        closing(_windows(dataset, own, order, share)) as windows,
     ):
-        value = use(stretch for stretch, _ in order.stretches(pieces, width, capacity, (number, stream)))
+        value = use(stretch for stretch, _ in order.stretches(windows, prepare, width, (number, stream)))
     return value, share.tally
 
 
@@ -103,10 +102,13 @@ def gather(*parts: tuple[R, Tally]) -> list[tuple[R, Tally]]:
     return list(parts)
 
 
-def _pieces(dataset: Dataset, units: Sequence[Span], prepare: Prepare, width: int, share: Share) -> Generator[Piece, None, None]:
-    with closing(prepared(dataset, units, prepare, share.note, repeat(new_piece(width)))) as found:
-        for number, unit in enumerate(found):
-            offset = 0
-            for room, filled in unit:
-                yield Piece(number, offset, room[:filled])
-                offset += filled
+def _windows(dataset: Dataset, units: Sequence[Span], order: Order, share: Share) -> Generator[Window, None, None]:
+    """Read units into one window, again and again."""
+    places = order.window_units(dataset)
+    window = Window(dataset, places, most_rows(unit_spans(dataset, order.streams)), order.run)
+    rooms = map(window.room, cycle(range(places)))
+    with closing(read_units(dataset, units, share.note, rooms)) as found:
+        while blocks := list(islice(found, places)):
+            window.blocks = blocks
+            yield window
+            window.number += 1

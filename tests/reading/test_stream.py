@@ -32,7 +32,7 @@ from streamlr.errors import (
     RowCountMismatch,
     StoreChanged,
 )
-from streamlr.passes import order, pieces
+from streamlr.passes import order
 from streamlr.passes.order import BUFFER_UNITS, Order, unit_spans
 from streamlr.passes.shuffle import START, Position
 from streamlr.passes.stream import RowStream, plan_stream
@@ -43,9 +43,8 @@ Array = NDArray[np.float64]
 
 @pytest.fixture(autouse=True)
 def small_units(monkeypatch):
-    """Many units and pieces of few rows, so that little data show what much would."""
+    """Many units and windows of few rows, so that little data show what much would."""
     monkeypatch.setattr(stored_chunks, "PAUSES", (0.0, 0.0))
-    monkeypatch.setattr(pieces, "PIECE_BYTES", 5_000)
     for name, value in (("UNIT_BYTES", 20_000), ("STRETCH_BYTES", 10_000), ("BUFFER_BYTES", 200_000)):
         monkeypatch.setattr(order, name, value)
 
@@ -338,7 +337,7 @@ class TestReadings:
         dataset, order = streamlr.Dataset(*arrays), Order(256, 0)
         began = time.perf_counter()
         units = order.units(dataset, 5)
-        assert order.capacity(dataset, 102) >= 4 * 6_000
+        assert order.window_units(dataset) * 6_000 >= 4 * 6_000
         assert len(units) == 10**6
         assert (units[0], units[1]) != (unit_spans(dataset)[0], unit_spans(dataset)[1])
         assert time.perf_counter() - began < 0.5
@@ -507,7 +506,9 @@ class TestFaults:
             fit(streamlr.Dataset(x, rows[1]))
 
 
-PLAIN_REFUSAL = r"needs \d.*limit is .* \(as asked\).*109\.1 MB of it are the shuffle buffer of 131,072 rows.*buffer_rows"
+PLAIN_REFUSAL = (
+    r"needs \d.*limit is .* \(as asked\).*105\.9 MB of it are rows that are shuffled together, 131,072, and as many.*buffer_rows"
+)
 RUN = r"""
 import json, re, sys, dask, streamlr
 store, mode, epochs, threads, limit = sys.argv[1:]
