@@ -132,6 +132,7 @@ class Training:
             if self.progress is not None and not begun.stopped:
                 self._show(rows, state.history[-1])
             coef, intercept = walk.objective.coordinates.to_user(loop.result(state))
+            del loop  # and the memory that it keeps from epoch to epoch
             reduced = self._residuals(rows, coef, intercept)
         warn_rounded(reduced.tally, stacklevel=3)
         return FittedModel.of_descent(
@@ -217,17 +218,21 @@ class Training:
         prepare = walk.objective.coordinates.prepare
         reading: dict[str, Any] = {"width": width, "task": self.options.mode, "progress": self.progress}
         save = _nothing if kept is None else kept.save
-        common = (self.options, walk, rows.target_names, self._validation(held_out), self._record(rows), save)
-        at_once = plan.tasks_at_once
+        names, validate, record, at_once = rows.target_names, self._validation(held_out), self._record(rows), plan.tasks_at_once
         if order.streams > 1:
             streams = ParallelStreams(rows, order, prepare, tasks_at_once=at_once, **reading)
-            return MixedLoop(*common, streams.epoch)
+            return MixedLoop(self.options, walk, names, validate, record, save, streams.epoch)
         stream = RowStream(rows, order, prepare, readers=at_once, **reading)
 
         def epoch(number: int, position: tuple[int, ...]) -> Iterator[tuple[Array, tuple[int, ...]]]:
             return stream.epoch(number, Position(*position))
 
-        return SequentialLoop(*common, epoch)
+        def validate_alone(coef: Array, intercept: Array) -> Cost:
+            stream.forget()
+            assert validate is not None
+            return validate(coef, intercept)
+
+        return SequentialLoop(self.options, walk, names, validate and validate_alone, record, save, epoch)
 
     def _full_loop(
         self, rows: Dataset, held_out: Dataset | None, walk: Walk, kept: Checkpoint | None, by_moments: bool
@@ -314,6 +319,7 @@ class Training:
             "fit_intercept": self.fit_intercept,
             "ridge": self.ridge,
             "stretch_rows": order.stretch_rows(width),  # positions count in these, and another release may choose others
+            "window_units": order.window_units(rows),
         }
 
 

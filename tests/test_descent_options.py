@@ -184,7 +184,9 @@ def test_what_a_mode_does_anyway_may_be_said():
 
 @pytest.mark.parametrize("mode", ["minibatch", "sgd"])
 def test_a_buffer_is_for_shuffling(mode: str):
-    with pytest.raises(UsageError, match="buffer_rows is the size of the shuffle buffer, and shuffle is False; leave one of them"):
+    with pytest.raises(
+        UsageError, match="buffer_rows is how many rows are shuffled together, and shuffle is False; leave one of them"
+    ):
         Descent(mode, shuffle=False, buffer_rows=100)
 
 

@@ -82,12 +82,12 @@ class Descent:
     seed : int
         Of the order of rows, the sample and the held-out rows.
     shuffle : bool or None
-        Chunks in random order, rows in a buffer; None for True. False for rows as stored.
+        Chunks in random order, and rows of several chunks together; None for True. False for rows as stored.
     average : bool or None
         Return the mean of late iterates (Polyak and Juditsky 1992) and not the last; None for True where a learning rate is given,
         since the automatic one falls in a way that makes the last iterate a mean.
     buffer_rows : int or None
-        Rows of the shuffle buffer; None for four chunks, at least 64 MiB.
+        Rows that are shuffled together, in whole chunks; None for four chunks, at least 64 MiB. As many are read meanwhile.
     log_every : int or None
         Rows after which a record is added to the history within an epoch.
     checkpoint_every : int or None
@@ -165,7 +165,7 @@ class Descent:
         if self.streams > 1 and self.log_every is not None:
             raise UsageError("log_every is for records within an epoch, and streams that run side by side have none; leave one out")
         if not self.shuffle and self.buffer_rows is not None:
-            raise UsageError("buffer_rows is the size of the shuffle buffer, and shuffle is False; leave one of them out")
+            raise UsageError("buffer_rows is how many rows are shuffled together, and shuffle is False; leave one of them out")
 
     def _check_foreign(self) -> None:
         """Refuse options that this mode would ignore."""

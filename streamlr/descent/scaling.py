@@ -81,13 +81,14 @@ class Coordinates:
         shift, unit = np.zeros(self.width), np.ones(self.width)
         shift[:p], shift[d : d + k] = self.mean, self.target_mean
         unit[:p], unit[d : d + k], unit[d + k :] = self.scale, self.target_scale, self.mean_weight
+        share = 1 / unit  # a product takes a third of the time of a division
         together = max(LONG // self.width, 1)  # rows as one long one
         together = min(1 << (together.bit_length() - 1), max(len(out), 1))  # of which whole pieces, powers of two, leave no rest
         whole = len(out) - len(out) % together
         for rows, times in (out[:whole].reshape(-1, together * self.width), together), (out[whole:], 1):
             if len(rows):
                 rows -= np.tile(shift, times)
-                rows /= np.tile(unit, times)
+                rows *= np.tile(share, times)
 
     def parts(self, rows: Array) -> Batch:
         """Return design (m, d), targets (m, k) and weights (m, 1) or None of prepared rows: views."""

@@ -143,6 +143,7 @@ class RowStream:
         self.dataset, self.order, self.prepare, self.width = dataset, order, prepare, width
         self.readers, self.task, self.progress = readers, task, progress
         self.tally = Tally()  # of the last reading that came to its end
+        self._memory: list[Window] = []  # which the next epoch uses again: the kernel clears every page that it gives
         self._before = begin(dataset)
 
     def epoch(self, number: int, start: Position = START) -> Iterator[Stretch]:
@@ -183,14 +184,19 @@ class RowStream:
                     kept[lost], keys[lost] = piece[new], drawn[new]
         return kept[:filled]
 
+    def forget(self) -> None:
+        """Give back the memory of windows, which another pass may need before the next epoch."""
+        self._memory = []
+
     def _windows(self, units: Sequence[Span], first: int, *, whole: bool = True) -> Generator[Window, None, None]:
         """Read units in order into windows, from one of these on, by threads that each take every so-manieth unit."""
         dataset, places = self.dataset, self.order.window_units(self.dataset)
         start = min(first * places, len(units))
         readers = min(self.readers, len(units) - start)
         last = -(-len(units) // places)
-        height = most_rows(unit_spans(dataset))
-        memory = [Window(dataset, places, height, self.order.run) for _ in range(min(self.order.windows(readers), last - first))]
+        height, memory = most_rows(unit_spans(dataset)), self._memory
+        for _ in range(len(memory), min(self.order.windows(readers), last - first)):
+            memory.append(Window(dataset, places, height, self.order.run))
         rows = dataset.stored_rows if whole else sum(span.stop - span.start for span in units)
         skipped = sum(units[i].stop - units[i].start for i in range(start))
         with running_pass(self.task, rows, dataset.row_bytes, self.progress) as key, one_blas_thread():
