@@ -35,12 +35,13 @@ class Epoch:
     def windows(self, start: Position) -> Iterator[Window]:
         window = Window(ONE_ROW, self.places, max(self.sizes), self.run)
         for number in range(start.window, -(-len(self.sizes) // self.places)):
-            window.number, window.blocks = number, []
+            blocks = []
             for place, unit in enumerate(range(len(self.sizes))[number * self.places :][: self.places]):
                 block = window.room(place).part(0, self.sizes[unit])
                 block.x[:, 0] = sum(self.sizes[:unit]) + np.arange(self.sizes[unit])
                 block.y[:], block.weights[:] = -block.x, block.x[:, 0] / 2
-                window.blocks.append(block)
+                blocks.append(block)
+            window.fill(number, blocks)
             yield window
             for place in range(self.places):
                 window.room(place).x[:] = -1.0  # used again

@@ -69,18 +69,14 @@ def stretches(
     NonFiniteValue
         A number is NaN or infinite, and nobody has looked for that before.
     """
-    out, filled, scratch, position = np.empty((height, width)), 0, None, start
+    out, filled, position = np.empty((height, width)), 0, start
     for window in windows:
-        before, at, total = position.before, position.rows - position.before, window.n_rows
-        order = None if seed is None else window.order(seed)
-        scratch = scratch or (None if order is None else window.scratch(height))
-        while at < total:
-            count = min(total - at, height - filled)
-            if order is None or scratch is None:
-                parts = window.stored(at, count)
-            else:
-                parts = iter([window.taken(order, at, scratch.part(0, count))])
-            for part in parts:
+        before, at = position.before, position.rows - position.before
+        if seed is not None:
+            window.shuffle(seed)
+        while at < len(window):
+            count = min(len(window) - at, height - filled)
+            for part in window.rows(at, count):
                 rows = out[filled : filled + len(part.x)]
                 with np.errstate(all="ignore"):  # what leaves the range of float64 shows in the descent
                     prepare(part.x, part.y, part.weights, rows)
@@ -88,7 +84,7 @@ def stretches(
                     window.confirm()
                 filled += len(rows)
             at += count
-            over = at == total
+            over = at == len(window)
             position = Position(before + at, window.number + over, before + at if over else before)
             if filled == height:
                 filled = 0

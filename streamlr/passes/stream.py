@@ -73,6 +73,7 @@ def plan_stream(
         raise UsageError(f"streams is {streams:,}, and the rows are in {len(units):,} chunk(s); choose at most so many streams")
     places, height = order.window_units(dataset), most_rows(units)
     window, unit = (Window.nbytes(dataset, count, height, order.run) for count in (places, 1))
+    together = min(order.windows(0), -(-len(units) // places))
     reading, stretch = dataset.reader_bytes, 2 * order.stretch_rows(width) * width * 8  # prepared, and as they were read
     shuffled = 3 * 8 * (places * height // order.run) * order.shuffle  # integers for the order of its runs
     try:
@@ -96,7 +97,7 @@ def plan_stream(
             task=task,
             merges=0,
             task_bytes=reading + (0 if order.shuffle else unit),
-            result_bytes=max(order.windows(0) * window + shuffled + stretch, SAMPLED * unit + sample_bytes) + state_bytes,
+            result_bytes=max(together * window + shuffled + stretch, SAMPLED * unit + sample_bytes) + state_bytes,
             passes=passes,
             memory=memory,
             here=True,
@@ -265,7 +266,7 @@ class _Ahead:
     def filled(self, number: int, count: int) -> Window:
         """Wait for the units of a window, and return it, or raise what went wrong with the first that did."""
         window, first = self._memory[number % len(self._memory)], number * self._places
-        window.number, window.blocks = number, [self._found(unit) for unit in range(first, first + count)]
+        window.fill(number, [self._found(unit) for unit in range(first, first + count)])
         return window
 
     def release(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
-from itertools import cycle, islice
+from itertools import count, cycle, islice
 from typing import TypeVar
 
 import numpy as np
@@ -108,7 +108,8 @@ def _windows(dataset: Dataset, units: Sequence[Span], order: Order, share: Share
     window = Window(dataset, places, most_rows(unit_spans(dataset, order.streams)), order.run)
     rooms = map(window.room, cycle(range(places)))
     with closing(read_units(dataset, units, share.note, rooms)) as found:
-        while blocks := list(islice(found, places)):
-            window.blocks = blocks
+        for number in count():
+            if not (blocks := list(islice(found, places))):
+                return
+            window.fill(number, blocks)
             yield window
-            window.number += 1

@@ -17,11 +17,10 @@ from streamlr.passes.tasks import with_computed
 
 Array = NDArray[np.float64]
 Numbers = NDArray[np.int64]
-NONE = Block(0, 0, np.empty((0, 0)), np.empty((0, 0)))
 
 
 class Window:
-    """The rows of some units, each unit at a place of its own; for one user after the other.
+    """The rows of some units, each unit at a place of its own; handed out as they lie, or shuffled.
 
     Parameters
     ----------
@@ -36,84 +35,86 @@ class Window:
     """
 
     def __init__(self, dataset: Dataset, places: int, height: int, run: int = 1) -> None:
-        self.number = 0
-        self.run = run
-        self.blocks = [NONE] * places
+        self.number, self.run = 0, run
         self._height = -(-height // run) * run  # so that runs begin where places do
         widths = (dataset.n_features, dataset.n_targets, *([] if dataset.weights is None else [1]))
         rows = places * self._height  # in buffers, whose memory goes back as a whole
         self._arrays = [Buffer().take(8 * rows * width).view(np.float64).reshape(rows, width) for width in widths]
+        self._blocks: list[Block] = []
+        self._order: tuple[Numbers, Numbers] | None = None
+        self._taken = self._rows([np.empty((0, width)) for width in widths])
 
     @staticmethod
     def nbytes(dataset: Dataset, places: int, height: int, run: int) -> int:
         """Return what a window takes."""
         return 8 * places * (height + run - 1) * sum(rows.n_columns for rows in dataset.arrays)
 
-    @property
-    def n_rows(self) -> int:
-        """Rows that are kept."""
-        return sum(len(block.x) for block in self.blocks)
-
     def room(self, place: int) -> Block:
         """Return the memory of a place."""
-        here = slice(place * self._height, (place + 1) * self._height)
-        x, y, *weights = (array[here] for array in self._arrays)
-        return Block(0, self._height, x, y, weights[0][:, 0] if weights else None)
+        return self._rows([array[place * self._height : (place + 1) * self._height] for array in self._arrays])
 
-    def scratch(self, height: int) -> Block:
-        """Return memory for so many rows like these."""
-        x, y, *weights = (np.empty((height, array.shape[1])) for array in self._arrays)
-        return Block(0, height, x, y, weights[0][:, 0] if weights else None)
+    def fill(self, number: int, blocks: Sequence[Block]) -> None:
+        """Note which window of an epoch this is now, and which rows are at its places, parts of their rooms."""
+        self.number, self._blocks, self._order = number, list(blocks), None
 
-    def confirm(self) -> None:
-        """Raise if a number of the window is NaN or infinite."""
-        for place, block in enumerate(self.blocks):
-            block.confirm()
-            self.blocks[place] = replace(block, doubt=None)
-
-    def order(self, seed: Sequence[int]) -> tuple[Numbers, Numbers]:
-        """Return the numbers of whole runs in a random order; and of the rows that are left at the ends of units."""
-        starts = [place * self._height for place in range(len(self.blocks))]
-        heights = [len(block.x) for block in self.blocks]
+    def shuffle(self, seed: Sequence[int]) -> None:
+        """Choose a random order of whole runs; rows that are left at the ends of units come after them."""
+        starts = [place * self._height for place in range(len(self._blocks))]
+        heights = [len(block.x) for block in self._blocks]
         runs = [start // self.run + np.arange(height // self.run) for start, height in zip(starts, heights, strict=True)]
         rest = [start + np.arange(height - height % self.run, height) for start, height in zip(starts, heights, strict=True)]
-        return np.random.default_rng((*seed, self.number)).permutation(np.concatenate(runs)), np.concatenate(rest)
+        self._order = np.random.default_rng((*seed, self.number)).permutation(np.concatenate(runs)), np.concatenate(rest)
 
-    def stored(self, at: int, count: int) -> Iterator[Block]:
-        """Yield `count` rows from the `at`-th on, as they lie."""
-        for block in self.blocks:
+    def __len__(self) -> int:
+        return sum(len(block.x) for block in self._blocks)
+
+    def rows(self, at: int, count: int) -> Iterator[Block]:
+        """Yield `count` rows in their order from the `at`-th on, valid until the next ones are asked for."""
+        if self._order is not None:
+            yield self._shuffled(*self._order, at, count)
+            return
+        for block in self._blocks:
             first, last = min(at, len(block.x)), min(at + count, len(block.x))
             if first < last:
                 yield block.part(first, last)
             at, count = max(at - len(block.x), 0), count - (last - first)
 
-    def taken(self, order: tuple[Numbers, Numbers], at: int, out: Block) -> Block:
-        """Fill `out` with the rows that come from the `at`-th on in an order, and return it."""
-        weights = [] if out.weights is None else [out.weights[:, None]]
-        for array, rows in zip(self._arrays, (out.x, out.y, *weights), strict=True):
-            self._take(array, order, at, rows)
+    def confirm(self) -> None:
+        """Raise if a number of the window is NaN or infinite."""
+        for block in self._blocks:
+            block.confirm()
+        self._blocks = [replace(block, doubt=None) for block in self._blocks]
+
+    def _rows(self, arrays: Sequence[Array]) -> Block:
+        x, y, *weights = arrays
+        return Block(0, len(x), x, y, weights[0][:, 0] if weights else None)
+
+    def _shuffled(self, runs: Numbers, rest: Numbers, at: int, count: int) -> Block:
+        if count > len(self._taken.x):
+            self._taken = self._rows([np.empty((count, array.shape[1])) for array in self._arrays])
+        out = self._taken.part(0, count)
+        for array, rows in zip(self._arrays, (out.x, out.y, out.weights), strict=False):
+            if rows is not None:
+                _take(array, runs, rest, self.run, at, rows.reshape(count, -1))
         return out
 
-    def _take(self, array: Array, order: tuple[Numbers, Numbers], at: int, out: Array) -> None:
-        (runs, rest), run, done = order, self.run, 0
-        end = len(runs) * run
-        while done < len(out):
-            number, within = divmod(at + done, run)
-            left = min(len(out), end - at) - done  # of these rows in whole runs
-            if left <= 0:
-                first = at + done - end
-                out[done:] = array[rest[first : first + len(out) - done]]
-                return
-            if within == 0 and (whole := left // run):
-                count = whole * run
-                flat = array.reshape(-1, run * array.shape[1])
-                # "raise" would copy once more
-                np.take(flat, runs[number : number + whole], axis=0, out=out[done : done + count].reshape(whole, -1), mode="clip")
-            else:
-                count = min(run - within, left)
-                row = int(runs[number]) * run + within
-                out[done : done + count] = array[row : row + count]
-            done += count
+
+def _take(array: Array, runs: Numbers, rest: Numbers, run: int, at: int, out: Array) -> None:
+    """Copy rows out of `array`, from the `at`-th on of an order: first those of whole runs, then the rest."""
+    end, done = len(runs) * run, 0
+    while done < len(out) and at < end:
+        number, within = divmod(at, run)
+        left = min(len(out) - done, end - at)
+        if within == 0 and (whole := left // run):
+            count, flat = whole * run, array.reshape(-1, run * array.shape[1])
+            to = out[done : done + count].reshape(whole, -1)
+            np.take(flat, runs[number : number + whole], axis=0, out=to, mode="clip")  # "raise" would copy once more
+        else:
+            count, row = min(run - within, left), int(runs[number]) * run + within
+            out[done : done + count] = array[row : row + count]
+        at, done = at + count, done + count
+    if done < len(out):
+        out[done:] = array[rest[at - end : at - end + len(out) - done]]
 
 
 def read_units(
