@@ -215,10 +215,10 @@ def test_a_row_is_prepared_alike_wherever_it_stands(table: tuple[Array, Array | 
     columns, weights, p = table
     coordinates = standard_coordinates(columns, weights, p, intercept=intercept)
     tall, w = np.resize(columns, (n, columns.shape[1])), None if weights is None else np.resize(weights, n)
-    expected = [(tall[:, :p] - coordinates.mean) / coordinates.scale, np.ones((n, int(intercept)))]
-    expected.append((tall[:, p:] - coordinates.target_mean) / coordinates.target_scale)
+    expected = [(tall[:, :p] - coordinates.mean) * (1 / coordinates.scale), np.ones((n, int(intercept)))]
+    expected.append((tall[:, p:] - coordinates.target_mean) * (1 / coordinates.target_scale))
     if w is not None:
-        expected.append(w[:, None] / coordinates.mean_weight)
+        expected.append(w[:, None] * (1 / coordinates.mean_weight))
     np.testing.assert_array_equal(prepared(coordinates, tall, w), np.hstack(expected))
 
 
