@@ -32,16 +32,19 @@ from streamlr.dataset.buffers import Buffer
 from streamlr.dataset.dataset import default_names
 from streamlr.errors import NumericalError, UsageError
 
-SHIPPED = centred.PIECE_BYTES
+SHIPPED = {name: getattr(centred, name) for name in ("PIECE_BYTES", "COLUMNS_BYTES")}
 SCALES = [1e150, 1e-150, 1e200, 1e-200]
 
 
-@pytest.fixture(autouse=True, scope="module", params=["whole", "in pieces"])
+@pytest.fixture(autouse=True, scope="module", params=["whole", "in pieces", "rows", "rows in pieces"])
 def pieces(request):
-    """Every law with few rows as one piece, and with a few of them at a time."""
+    """Every law with few rows as one piece, and with a few of them at a time; with few columns, and as if they were many."""
     with pytest.MonkeyPatch.context() as patch:
-        if request.param == "in pieces":
+        if request.param.startswith("rows"):
+            patch.setattr(centred, "FEW_COLUMNS", 0)
+        if request.param.endswith("in pieces"):
             patch.setattr(centred, "PIECE_BYTES", 200)
+            patch.setattr(centred, "COLUMNS_BYTES", 200)
             patch.setattr(moments, "STRIP", 2)
             patch.setattr(centred, "STRIP", 2)
         yield
@@ -82,6 +85,8 @@ def test_the_sum_of_parts_is_the_value_of_the_whole(data: st.DataObject):
     total = parts[0]
     for part in parts[1:]:
         total = total + part
+    # a row of weight zero may set the unit of a column where it is not alone
+    assume(weights is None or weights.all() or (total.exponent == whole.exponent).all())
     assert_close(total, whole)
 
 
@@ -247,7 +252,8 @@ def test_a_column_that_varies_little_is_no_constant():
 @pytest.mark.parametrize(("p", "rows", "most"), [(2, 65_536, 1e-15), (4, 65_536, 1e-15), (10, 32_768, 1e-15), (10, 32_768, 3e-7)])
 def test_long_sums_of_few_columns_keep_their_digits(p: int, rows: int, most: float, monkeypatch: pytest.MonkeyPatch):
     """As of a whole tile: products with a nearly exact target, which BLAS would sum row by row."""
-    monkeypatch.setattr(centred, "PIECE_BYTES", SHIPPED)
+    for name, number in SHIPPED.items():
+        monkeypatch.setattr(centred, name, number)
     rng = np.random.default_rng(p)
     x = rng.normal(size=(rows, p))
     y = x @ rng.normal(size=(p, 1)) + 1e-3 * rng.normal(size=(rows, 1))

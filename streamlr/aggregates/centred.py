@@ -18,6 +18,9 @@ ROUNDS = 4  # of centring again: each leaves some eps of the distance before it
 PIECE_BYTES = 2**21  # of centred rows, about a core's cache: fewer, and the interpreter's lock is passed on too often
 SHORT_ROWS = 2048  # that matrix-vector products, and float32, sum at most: the shorter a sum, the less of it is rounding
 FEW = 3  # rows at most that are multiplied with a matrix one by one: for them together BLAS would first copy the matrix
+FEW_COLUMNS = 14  # features, or targets, that are multiplied column by column: of more, symmetric products of rows are faster
+FEWEST_COLUMNS = 6  # in all, that are multiplied one by one: the sums keep the most digits, and of more they take longer
+COLUMNS_BYTES = 2**20  # of columns at once, about half of a core's cache: the other half has the rows they are made of
 FOLD = 64  # short rows that are centred as one
 STRIP = 64  # rows of a product that are corrected at once
 
@@ -25,66 +28,66 @@ Array = NDArray[np.float64]
 
 
 class Products(NamedTuple):
-    """Products of centred columns with each other: p features, k targets and a column of ones.
+    """Products of q centred columns with each other, in two parts where columns are many: p features, and the targets beside them.
 
     Attributes
     ----------
     square : (p, p) float64
-        Of the features.
-    beside : (k + 1, p + k + 1) float64
-        Of targets and ones, with all.
+        Of the features; of all columns where those are few, so that p = q.
+    beside : (q - p, q) float64
+        Of the targets, with all.
+    sums : (q,) float64
+        Of all, with ones.
     """
 
     square: Array
     beside: Array
+    sums: Array
 
     @property
     def squares(self) -> Array:
-        """Sums of squares (p + k,) of features and targets."""
-        return np.concatenate([np.diagonal(self.square), np.diagonal(self.beside[:-1, len(self.square) :])])
+        """Sums of squares (q,)."""
+        return np.concatenate([np.diagonal(self.square), np.diagonal(self.beside[:, len(self.square) :])])
 
     def less(self, away: Array) -> Array:
-        """Return the products (p + k, p + k) of features and targets, less those of `away` (p + k,) with itself."""
+        """Return the products (q, q) of all columns, less those of `away` (q,) with itself."""
         p, q = len(self.square), len(away)
         scatter = np.empty((q, q))
         for first in range(0, p, STRIP):  # while they are in the cache: of many columns these are many numbers
             rows = slice(first, min(first + STRIP, p))
             correction = np.multiply(away[rows, None], away[:p], out=scatter[rows, :p])
             np.subtract(self.square[rows], correction, out=correction)
-        scatter[p:] = self.beside[:-1, :-1] - away[p:, None] * away
-        scatter[:p, p:] = scatter[p:, :p].T
+        if p < q:
+            scatter[p:] = self.beside - away[p:, None] * away
+            scatter[:p, p:] = scatter[p:, :p].T
         return scatter
 
 
 def centred_product(block: Block, total: float, precision: str) -> tuple[Array, Array, Array]:
     """Return mean, what its rounding left out, and scatter of the rows of a block, whose weights sum to `total`.
 
-    Rows are centred near their mean, at that of some of them, so that they are gone through once. The product, which has a column
-    of ones too, tells how far from there the mean is, and the scatter is corrected by the square of that. Where some rows say too
-    little about the others the rows are centred again, so that the correction costs next to no digits.
+    Rows are centred near their mean, at that of some of them, so that they are gone through once. Their sums tell how far
+    from there the mean is, and the scatter is corrected by the square of that. Where some rows say too little about the others the
+    rows are centred again, so that the correction costs next to no digits.
     """
-    weights = block.weights
-    heaviest = float(weights.max()) if weights is not None and precision == "single" else 1.0  # float32 has less range
-    root = None if weights is None else np.sqrt(weights / heaviest)[:, None]
+    centre = _mean_of_some(block)
+    few = max(block.x.shape[1], block.y.shape[1]) <= FEW_COLUMNS and precision == "double"
 
     def around(centre: Array) -> tuple[Products, Array]:
-        products = _products(block, centre, root, precision)
-        if heaviest != 1:
-            for product in products:
-                product *= heaviest
-        return products, products.beside[-1, :-1] / total
+        products = _products_of_columns(block, centre) if few else _products_of_rows(block, centre, precision)
+        return products, products.sums / total
 
-    centre = _mean_of_some(block)
     products, offset = around(centre)
     for _ in range(ROUNDS):
         far = offset * offset * total > MOSTLY[precision] * products.squares
-        if not (far & (np.abs(offset) > CONSTANT * np.abs(centre))).any():
+        if not far.any() or not (far & (np.abs(offset) > CONSTANT * np.abs(centre))).any():
             break
         centre = centre + offset
         del products  # its memory is planned for once
         products, offset = around(centre)
     scatter = products.less(offset * np.sqrt(total))
-    np.fill_diagonal(scatter, np.maximum(np.diagonal(scatter), 0.0))  # of a constant, rounding may leave less than nothing
+    squares = scatter.reshape(-1)[:: len(centre) + 1]
+    np.maximum(squares, 0.0, out=squares)  # of a constant, rounding may leave less than nothing
     return *exact_sum(centre, offset), scatter
 
 
@@ -94,20 +97,45 @@ def _mean_of_some(block: Block) -> Array:
     w = None if block.weights is None else block.weights[::every]
     if w is not None and not w.any():
         every, w = 1, block.weights
-    some = block.x[::every], block.y[::every]
-    if w is None:
-        return np.concatenate([rows.sum(axis=0) for rows in some]) / len(some[0])
-    mean: Array = np.concatenate([w.dot(rows) for rows in some]) / w.sum()
+    some = np.concatenate((block.x[::every], block.y[::every]), axis=1)
+    mean: Array = some.sum(axis=0) / len(some) if w is None else w.dot(some) / w.sum()
     return mean
 
 
-def _products(block: Block, centre: Array, root: Array | None, precision: str) -> Products:
+def _products_of_columns(block: Block, centre: Array) -> Products:
+    """Return the products of few columns that are centred: each in one piece of memory, along which NumPy and BLAS are quick.
+
+    Products are made once for two columns, with the weights in one of them, so that the scatter is symmetric to the last bit.
+    """
+    (m, p), q = block.x.shape, len(centre)
+    step = min(tile_rows(q + 1, 0, COLUMNS_BYTES), m)
+    room = block.workspace((q + 2) * step)
+    products = np.zeros((q + 1, q + 1))  # of ones, features and targets
+    for first in range(0, m, step):
+        here, rows = slice(first, first + step), min(step, m - first)
+        columns, weighted = room[: (q + 1) * rows].reshape(q + 1, rows), room[(q + 1) * rows : (q + 2) * rows]
+        columns[0] = 1.0
+        np.subtract(block.x[here].T, centre[:p, None], out=columns[1 : p + 1])
+        np.subtract(block.y[here].T, centre[p:, None], out=columns[p + 1 :])
+        for j in range(1, q + 1):
+            column, others = columns[j], columns[: j + 1]
+            if block.weights is not None:
+                column = np.multiply(column, block.weights[here], out=weighted)
+            products[j, : j + 1] += [other.dot(column) for other in others] if q <= FEWEST_COLUMNS else others.dot(column)
+    for j in range(2, q + 1):
+        products[1:j, j] = products[j, 1:j]
+    return Products(products[1:, 1:], np.empty((0, q)), products[1:, 0])
+
+
+def _products_of_rows(block: Block, centre: Array, precision: str) -> Products:
     """Return the products of the columns of rows that are centred, and multiplied by the roots of their weights.
 
     Each `step` rows make one symmetric product, after each `near` of them were centred and multiplied with the targets while the
     cache holds them. Products are made by `dot`: of few results, `@` would keep other threads out of the interpreter all the while.
     """
-    (m, p), q = block.x.shape, len(centre)
+    (m, p), q, weights = block.x.shape, len(centre), block.weights
+    heaviest = float(weights.max()) if weights is not None and precision == "single" else 1.0  # float32 has less range
+    root = None if weights is None else np.sqrt(weights / heaviest)[:, None]
     step = min(tile_rows(q + 1, cache_bytes=PIECE_BYTES), m)
     near = min(tile_rows(q + 1, 0, PIECE_BYTES), step)
     room = block.workspace(step * p + near * (q + 1 - p))
@@ -126,7 +154,10 @@ def _products(block: Block, centre: Array, root: Array | None, precision: str) -
             beside += _beside(z, others)
         found = _square(features[:rows], precision)
         square = np.add(square, found, out=square) if first else found
-    return Products(square, beside)
+    if heaviest != 1:
+        square *= heaviest
+        beside *= heaviest
+    return Products(square, beside[:-1, :-1], beside[-1, :-1])
 
 
 def _centre(x: Array, y: Array, centre: Array, features: Array, rest: Array) -> None:
