@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from strategies import Array, block_of, fractions_of, matrices, moments_of, row_weights, same_bits
 
 import streamlr
-from streamlr.aggregates.cost import BUFFER, ResidualsOf, cost_of_moments, predictions
+from streamlr.aggregates.cost import BUFFER, PIECE_ROWS, ResidualsOf, cost_of_moments, predictions
+from streamlr.dataset.blocks import Block
+from streamlr.dataset.buffers import Buffer
 from streamlr.errors import NoRows, RankWarning
 
 
@@ -117,6 +119,23 @@ def test_r2_of_targets_beyond_the_range_of_squares(scale: float):
     for cost in (of_rows(scaled, None, coef, intercept), cost_of_moments(moments_of(scaled), coef, intercept)):
         assert cost.r2 == pytest.approx(plain.r2, rel=1e-13)
         assert cost.mse == pytest.approx(plain.mse * scale**2 if scale < 1e154 else math.inf, rel=1e-13)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("p", "k"), [(1, 1), (10, 1), (3, 2), (3, 20)])
+@pytest.mark.parametrize("rows", [1, 255, PIECE_ROWS, 3 * PIECE_ROWS + 5])
+def test_residuals_of_a_tile_do_not_depend_on_the_memory_they_are_made_in(rows: int, p: int, k: int, weighted: bool):
+    rng = np.random.default_rng(rows)
+    x, coef, intercept = rng.normal(size=(rows, p)), rng.normal(size=(p, k)), rng.normal(size=k)
+    y, weights = 1e3 + rng.normal(size=(rows, k)), rng.random(rows) if weighted else None
+    statistic, room = ResidualsOf(coef, intercept, tuple(f"y{j}" for j in range(k))), Buffer()
+    value = statistic.of(Block(0, rows, x, y, weights))
+    for _ in range(2):  # in fresh memory, and in the same again
+        assert same_bits(statistic.of(Block(0, rows, x, y, weights, room)), value)
+    residuals, share = y - intercept - x @ coef, np.ones(rows) if weights is None else weights
+    np.testing.assert_allclose(value.magnitudes, share @ np.abs(residuals), rtol=1e-13)
+    np.testing.assert_allclose(value.cost().mse, share @ residuals**2 / share.sum(), rtol=1e-13)
+    assert (value.moments.scatter == value.moments.scatter.T).all()
 
 
 def test_without_weight_there_is_no_cost():

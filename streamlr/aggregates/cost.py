@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from streamlr.dataset.blocks import Block
 from streamlr.errors import NoRows
 
 Number = float | NDArray[np.float64]
+PIECE_ROWS = 8192  # whose predictions are made at once: columns of so many numbers stay in a core's cache
 BUFFER = 4096  # NumPy's iterator cuts longer rows where its buffer of 8,192 numbers ends, which depends on the rows before
 
 
@@ -136,11 +137,18 @@ class ResidualsOf:
         """Return the sums over the rows of `block`."""
         if not self.coef.all():  # there may be a BLAS that skips what is multiplied by zero
             block.confirm()
+        m, k = block.y.shape
+        residuals, magnitudes = block.workspace(k * m).reshape(k, m), np.zeros(k)
         # a product is free to round rows by their neighbours, but a tile's rows always have the same: `predictions` is slower
         with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is found in the sums
-            residuals = block.y - self.intercept
-            residuals -= block.x.dot(self.coef)
-        return residual_sums(replace(block, x=residuals), self.target_names)
+            for first in range(0, m, PIECE_ROWS):
+                here = slice(first, first + PIECE_ROWS)
+                columns = np.subtract(block.y[here].T, self.intercept[:, None], out=residuals[:, here])
+                columns -= self.coef.T.dot(block.x[here].T)
+                magnitudes += _magnitudes(columns, None if block.weights is None else block.weights[here])
+        room = None if block.room is None else block.room.another
+        rows = Block(block.start, block.stop, residuals.T, block.y, block.weights, room, block.doubt)
+        return Residuals(magnitudes, self._columns.of(rows))
 
     @property
     def _columns(self) -> MomentsOf:
@@ -149,10 +157,16 @@ class ResidualsOf:
 
 def residual_sums(rows: Block, target_names: tuple[str, ...]) -> Residuals:
     """Return the sums over rows that have residuals (m, k) in the place of features."""
-    w = np.ones(len(rows.y)) if rows.weights is None else rows.weights
     with np.errstate(over="ignore", invalid="ignore"):
-        magnitudes = w.dot(np.abs(rows.x))
+        magnitudes = _magnitudes(rows.x.T, rows.weights)
     return Residuals(magnitudes, MomentsOf(target_names, target_names).of(rows))
+
+
+def _magnitudes(residuals: NDArray[np.float64], weights: NDArray[np.float64] | None) -> NDArray[np.float64]:
+    """Return the weighted sums of absolute residuals (k, m)."""
+    sizes = np.abs(residuals)
+    sums: NDArray[np.float64] = sizes.sum(axis=1) if weights is None else sizes.dot(weights)
+    return sums
 
 
 def predictions(x: NDArray[np.float64], coef: NDArray[np.float64], intercept: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 from contextlib import suppress
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,11 @@ class Buffer:
 
     def __init__(self) -> None:
         self._bytes = np.empty(0, dtype=np.uint8)
+
+    @cached_property
+    def another(self) -> Buffer:
+        """A buffer that lives as long as this one, for what is needed while this one is in use."""
+        return Buffer()
 
     def take(self, nbytes: int) -> NDArray[np.uint8]:
         """Return `nbytes` of memory with anything in it; what was taken before is overwritten."""
