@@ -202,7 +202,7 @@ class ZarrReader:
                 if self._plain and last - first == height and target.flags.c_contiguous:
                     self._decode_into(target, row_chunk)
                     continue
-                self._hold(row_chunk)
+                self._hold(row_chunk, first)
             for piece, (to, source) in zip(self._pieces, self._copies, strict=True):
                 target[:, to] = piece[first - row_chunk * height : last - row_chunk * height, source]
 
@@ -213,7 +213,7 @@ class ZarrReader:
         if not self._whole or stop > (row_chunk + 1) * height:
             return None
         if row_chunk != self._held:
-            self._hold(row_chunk)
+            self._hold(row_chunk, start)
         return as_float64(self._pieces[0][start - row_chunk * height : stop - row_chunk * height])
 
     def chunk(self, position: Position, into: NDArray[np.uint8] | None = None) -> NDArray[Any]:
@@ -252,10 +252,13 @@ class ZarrReader:
         fill = 0 if array.fill_value is None else array.fill_value  # none is stated (v2): zarr reads zeros
         return np.full(array.chunks, fill, dtype=array.dtype).reshape(self._height, -1)
 
-    def _hold(self, row_chunk: int) -> None:
+    def _hold(self, row_chunk: int, first: int) -> None:
         self._held = -1  # nothing is held while a chunk is being replaced, so that an error leaves no mixture
         self._pieces = []  # and its memory is free for the next one
+        counted = self.chunks_missing
         self._pieces = [self.chunk((row_chunk, *columns)) for columns in self._positions]
+        if first > row_chunk * self._height:
+            self.chunks_missing = counted  # whoever reads the first row counts, so that two who share a chunk do not both
         self._held = row_chunk
 
     def _decode_into(self, target: NDArray[np.float64], row_chunk: int) -> None:

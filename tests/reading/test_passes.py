@@ -23,9 +23,10 @@ from zarr.storage import MemoryStore, WrapperStore
 import streamlr
 from streamlr.aggregates.cost import ResidualsOf
 from streamlr.aggregates.moments import MomentsOf
-from streamlr.dataset import read_ahead
+from streamlr.dataset import blocks, read_ahead
 from streamlr.dataset.blocks import Span
 from streamlr.errors import Cancelled, DataError, MemoryLimitExceeded, OutputExists, UsageError
+from streamlr.passes import planning
 from streamlr.passes.memory import one_blas_thread
 from streamlr.passes.planning import plan_pass
 from streamlr.passes.progress import find_pass, running_pass, share_of_pass
@@ -86,6 +87,15 @@ def four_workers():
         yield
 
 
+@pytest.fixture
+def spans_of_one_tile(monkeypatch):
+    """As where columns are many, of which a test has too few: 4,096 rows each."""
+    monkeypatch.setattr(planning, "OPEN_BYTES", 0)
+    monkeypatch.setattr(blocks, "MIN_SPAN_BYTES", 1)
+    monkeypatch.setattr(blocks, "WAITING_SPAN_BYTES", 1)
+    monkeypatch.setattr(blocks, "SPANS_PER_WORKER", 32)
+
+
 class TestReadings:
     """Each chunk is read once a pass."""
 
@@ -125,6 +135,15 @@ class TestReadings:
         twice = {key for (key, _), times in store.reads.items() if times > 1}
         assert all(key.startswith("y/") for key in twice), "the array with the most bytes is decoded once"
         assert len(twice) <= n_spans
+
+    @pytest.mark.parametrize("scheduler", ["threads", "synchronous"])
+    def test_an_absent_chunk_at_an_edge_is_counted_once(self, rows, spans_of_one_tile, scheduler):
+        group = zarr.open_group(MemoryStore(), mode="w")
+        x = group.create_array("X", shape=(N, P), dtype="f8", chunks=(1000, P), compressors=None)
+        x[:4000], x[5000:] = rows[0][:4000], rows[0][5000:]
+        group.create_array("y", data=rows[1], chunks=(N,))
+        with dask.config.set(scheduler=scheduler):
+            assert streamlr.fit(streamlr.open_dataset(group, allow_missing_chunks=True)).chunks_missing == 1
 
     def test_codecs_that_are_left_to_zarr(self, rows):
         store, dataset = counted(rows, (1000, P), (1000,), compressors=[Crc32cCodec(), ZstdCodec(level=-5)])
