@@ -202,6 +202,8 @@ class Plan:
         Those of them that share a process and its memory: all, but on a cluster the threads of a worker.
     fan_in : int
         Results that one merging task joins.
+    spans_per_task : int
+        Neighbouring spans that one task may read on its own, so that the chunks at their edges are decoded once.
     bytes_read : int
         Decoded bytes of one pass.
     base_bytes, task_bytes, result_bytes, solution_bytes : int
@@ -225,6 +227,7 @@ class Plan:
     tasks_at_once: int
     tasks_per_process: int
     fan_in: int
+    spans_per_task: int
     bytes_read: int
     base_bytes: int
     task_bytes: int

@@ -12,12 +12,13 @@ from streamlr.dataset.dataset import Dataset
 from streamlr.dataset.zarr_rows import ZarrRows
 from streamlr.errors import MemoryLimitExceeded
 from streamlr.passes.memory import memory_in_use, memory_limit
-from streamlr.passes.schedulers import active_client, worker_count
+from streamlr.passes.schedulers import active_client, is_threaded, worker_count
 from streamlr.passes.workers import workers_of
 
 FAN_IN, MOST_FAN_IN = 4, 32  # partials that one merging task joins: few hold little memory; many are fewer tasks, of 1 ms each
 WAITING_BYTES = 128 * 2**20  # of them, where they are many
 OPEN_BYTES = 32 * 2**20  # what a span may leave; more, and it is cut at powers of two of tiles, to leave one node
+RUN = 8  # such spans that a thread reads on end: each doubling halves the chunks that are decoded twice, and holds one more node
 
 
 def plan_pass(
@@ -97,7 +98,9 @@ def _drafted(
         level = -(-level // fan_in)
         merges += level
         waiting += fan_in - 1
-    task_bytes = dataset.reader_bytes + left + 2 * statistic.nbytes
+    run = RUN if whole_tiles and not lazy and is_threaded() else 1
+    held = min(run, len(cut)).bit_length() - 1  # nodes of a run that wait for its last span; it leaves one, as a span does
+    task_bytes = dataset.reader_bytes + left + (held + 2) * statistic.nbytes
     waiting_bytes = min(waiting, len(cut)) * left
     plan = draft_plan(
         dataset,
@@ -105,6 +108,7 @@ def _drafted(
         task=task,
         merges=merges,
         fan_in=fan_in,
+        spans_per_task=run,
         task_bytes=task_bytes,
         result_bytes=waiting_bytes,
         solution_bytes=solution_bytes,
@@ -144,6 +148,7 @@ def draft_plan(
     task: str,
     merges: int,
     fan_in: int = 0,
+    spans_per_task: int = 1,
     task_bytes: int,
     result_bytes: int,
     solution_bytes: int = 0,
@@ -187,6 +192,7 @@ def draft_plan(
         tasks_at_once=at_once,
         tasks_per_process=together,
         fan_in=fan_in,
+        spans_per_task=spans_per_task,
         bytes_read=dataset.stored_rows * dataset.row_bytes,
         base_bytes=base,
         task_bytes=task_bytes,

@@ -67,7 +67,7 @@ def reduce(
     before = begin(dataset)
     tree = Tree(dataset.stored_rows, plan.tile_rows)
     with running_pass(task, dataset.stored_rows, dataset.row_bytes, progress) as key:
-        parts = span_tasks(dataset, cut, task, key, read_span, tree, statistic)
+        parts = span_tasks(dataset, cut, task, key, read_span, tree, statistic, spans_per_task=plan.spans_per_task)
         number = 0
         while len(parts) > 1:
             groups = [parts[at : at + plan.fan_in] for at in range(0, len(parts), plan.fan_in)]
@@ -82,7 +82,7 @@ def reduce(
 
 
 def read_span(source: Source, key: str, tree: Tree, statistic: Statistic[S], span: Span, *lazy: Any) -> tuple[Partial[S], Tally]:
-    """Task: reduce the rows of one span."""
+    """Task: reduce the rows of one span, or of those that are its turn."""
     partial = Partial(tree, statistic)
     with share_of_pass(key) as share, one_blas_thread():  # given back before the pass hears that the task is done
         for block in source.blocks(span, share, tree.tile_rows, lazy, confirmed=False):

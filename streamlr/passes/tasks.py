@@ -25,6 +25,7 @@ from streamlr.errors import DataError, RowCountMismatch, StoreChanged, StreamlrE
 from streamlr.passes.cluster import run_on, translated
 from streamlr.passes.memory import one_blas_thread
 from streamlr.passes.progress import Share, find_pass
+from streamlr.passes.runs import Runs
 from streamlr.passes.schedulers import active_client, has_pool, is_task, is_threaded
 from streamlr.passes.workers import Vetted, stores_of
 
@@ -51,17 +52,25 @@ class Source:
 
     Fresh pages cost as much as a copy, and for a small span a new reader costs more than the reading. What is left is gone when
     the pass is, which is the only one to have this.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        The rows.
+    runs : Runs, optional
+        Of the spans of all tasks, which are threads of this process: each reads what it is handed of them, maybe nothing.
     """
 
-    def __init__(self, dataset: Dataset) -> None:
+    def __init__(self, dataset: Dataset, runs: Runs | None = None) -> None:
         self.dataset = dataset
+        self._runs = runs
         self._idle: list[DatasetReader] = []
 
     def __reduce__(self) -> tuple[type[Source], tuple[Dataset]]:
-        return Source, (self.dataset,)  # readers stay where they are
+        return Source, (self.dataset,)  # readers stay where they are; elsewhere, each task reads its own span
 
     def blocks(self, span: Span, share: Share, tile: int, lazy: Sequence[Any], *, confirmed: bool = True) -> Iterator[Block]:
-        """Read the rows of a span, see `DatasetReader.blocks`; those of Dask arrays were computed for it."""
+        """Read the rows of a task's span, or of its run; see `DatasetReader.blocks`. Those of Dask arrays were computed for it."""
         if lazy:
             yield from with_blocks(self.dataset, span, lazy).reader().blocks(span, share.note, tile, confirmed=confirmed)
             return
@@ -69,17 +78,25 @@ class Source:
             reader = self._idle.pop()
         except IndexError:
             reader = self.dataset.reader()
-        yield from reader.blocks(span, share.note, tile, confirmed=confirmed)
-        reader.forget()  # what a span meets must not depend on which was read before it
+        for part in [span] if self._runs is None else self._runs.take():  # neighbours share the chunk at their edge
+            yield from reader.blocks(part, share.note, tile, confirmed=confirmed)
+        reader.forget()  # what a task meets must not depend on which was done before it
         self._idle.append(reader)
 
 
 def span_tasks(
-    dataset: Dataset, cut: Sequence[Span], name: str, key: str, function: Callable[..., Any], *common: Any
+    dataset: Dataset,
+    cut: Sequence[Span],
+    name: str,
+    key: str,
+    function: Callable[..., Any],
+    *common: Any,
+    spans_per_task: int = 1,
 ) -> list[Delayed]:
     """Return one task for each span: a function of the source, the key, what is common, the span, and blocks of Dask arrays.
 
-    NumPy rows, which lie where they are needed on threads, go to a cluster as blocks too.
+    NumPy rows, which lie where they are needed on threads, go to a cluster as blocks too. Where a task may read more than one
+    span, as threads may, others find that theirs is read.
     """
     sent = active_client() is not None
     sizes = tuple(span.stop - span.start for span in cut)
@@ -89,7 +106,7 @@ def span_tasks(
             blocks.append(rows.in_rows(sizes).to_delayed().ravel())
         elif sent and isinstance(rows, MemoryRows):
             blocks.append([rows.array[span.start : span.stop] for span in cut])
-    source = Source(_described(dataset, sent=sent))
+    source = Source(_described(dataset, sent=sent), Runs(cut, spans_per_task) if spans_per_task > 1 else None)
     return tasks_of(zip(cut, *blocks, strict=True), name, key, function, (source, key, *common))
 
 

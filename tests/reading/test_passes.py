@@ -16,6 +16,8 @@ import dask.array as da
 import numpy as np
 import pytest
 import zarr
+from hypothesis import given
+from hypothesis import strategies as st
 from threadpoolctl import threadpool_info, threadpool_limits
 from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.storage import MemoryStore, WrapperStore
@@ -31,6 +33,7 @@ from streamlr.passes.memory import one_blas_thread
 from streamlr.passes.planning import plan_pass
 from streamlr.passes.progress import find_pass, running_pass, share_of_pass
 from streamlr.passes.reduce import reduce
+from streamlr.passes.runs import Runs
 from streamlr.passes.tasks import Source, span_tasks
 from streamlr.passes.write import write
 
@@ -136,6 +139,20 @@ class TestReadings:
         assert all(key.startswith("y/") for key in twice), "the array with the most bytes is decoded once"
         assert len(twice) <= n_spans
 
+    @pytest.mark.parametrize("workers", [1, 2, 3])
+    def test_neighbouring_spans_of_whole_tiles_share_the_chunk_at_their_edge(self, rows, spans_of_one_tile, workers):
+        store, dataset = counted(rows, (1009, P), (997,))
+        expected = streamlr.accumulate(streamlr.Dataset(*rows)).scatter.tobytes()
+        with dask.config.set(num_workers=workers):
+            plan = streamlr.plan(dataset)
+            runs = -(-plan.n_spans // plan.spans_per_task)
+            assert (plan.n_spans, runs) == (20, 3)
+            assert streamlr.accumulate(dataset).scatter.tobytes() == expected
+        twice = Counter(key.split("/")[0] for (key, _), times in store.reads.items() if times > 1)
+        taken_over = (workers - 1) * 4  # parts of runs: 4, 2 and 1 spans, and as many again if one thread is slow
+        assert max(twice.values()) <= runs - 1 + taken_over
+        assert set(store.reads.values()) <= {1, 2}
+
     @pytest.mark.parametrize("scheduler", ["threads", "synchronous"])
     def test_an_absent_chunk_at_an_edge_is_counted_once(self, rows, spans_of_one_tile, scheduler):
         group = zarr.open_group(MemoryStore(), mode="w")
@@ -214,6 +231,40 @@ class TestTasks:
                 assert sum(len(block.x) for block in source.blocks(Span(start, start + 100), share, 30, [])) == 100
             assert len(source._idle) == 1
         assert not pickle.loads(pickle.dumps(source))._idle
+
+    def test_runs_of_spans_stay_in_their_process(self, rows):
+        """Elsewhere nobody would know who has begun which: each task reads its own span."""
+        cut = [Span(0, 100), Span(100, 200), Span(200, 300)]
+        source = Source(streamlr.Dataset(rows[0][:300], rows[1][:300]), Runs(cut, 2))
+        copy = pickle.loads(pickle.dumps(source))
+        with running_pass("t", 300, 1, None) as key, share_of_pass(key) as share:
+            for reading, starts in ((source, [[0, 100], [200], []]), (copy, [[0], [100], [200]])):
+                assert [[block.start for block in reading.blocks(span, share, 100, [])] for span in cut] == starts
+
+    @given(st.integers(0, 40), st.sampled_from([1, 2, 8]), st.data())
+    def test_runs_hand_out_every_span_once(self, n_spans, length, data):
+        """Whoever is faster."""
+        cut = [Span(row, row + 1) for row in range(n_spans)]
+        runs = Runs(cut, length)
+        readers: list[list[Span]] = [[] for _ in range(3)]
+        takes = [runs.take() for _ in readers]
+        while sum(map(len, readers)) < n_spans:
+            number = data.draw(st.integers(0, 2))
+            span = next(takes[number], None)
+            if span is None:
+                takes[number] = runs.take()
+            else:
+                readers[number].append(span)
+        assert sorted((span for spans in readers for span in spans), key=lambda span: span.start) == cut
+        assert not any(list(take) for take in [*takes, runs.take()])
+
+    def test_a_run_is_divided_when_all_are_begun(self):
+        runs = Runs([Span(row, row + 1) for row in range(12)], 4)
+        takes = [runs.take() for _ in range(3)]
+        assert [next(take).start for take in takes] == [0, 4, 8]
+        assert [span.start for span in takes[0]] == [1, 2, 3]
+        assert [span.start for span in runs.take()] == [6, 7]
+        assert [[span.start for span in take] for take in takes] == [[], [5], [9, 10, 11]]
 
     def test_datasets_pickle(self, tmp_path, rows):
         group = zarr.open_group(tmp_path / "s.zarr", mode="w")
