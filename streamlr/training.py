@@ -218,21 +218,17 @@ class Training:
         prepare = walk.objective.coordinates.prepare
         reading: dict[str, Any] = {"width": width, "task": self.options.mode, "progress": self.progress}
         save = _nothing if kept is None else kept.save
-        names, validate, record, at_once = rows.target_names, self._validation(held_out), self._record(rows), plan.tasks_at_once
+        common = (self.options, walk, rows.target_names, self._validation(held_out), self._record(rows), save)
+        at_once = plan.tasks_at_once
         if order.streams > 1:
             streams = ParallelStreams(rows, order, prepare, tasks_at_once=at_once, **reading)
-            return MixedLoop(self.options, walk, names, validate, record, save, streams.epoch)
-        stream = RowStream(rows, order, prepare, readers=at_once, **reading)
+            return MixedLoop(*common, streams.epoch)
+        stream = RowStream(rows, order, prepare, readers=at_once, keep=held_out is None, **reading)
 
         def epoch(number: int, position: tuple[int, ...]) -> Iterator[tuple[Array, tuple[int, ...]]]:
             return stream.epoch(number, Position(*position))
 
-        def validate_alone(coef: Array, intercept: Array) -> Cost:
-            stream.forget()
-            assert validate is not None
-            return validate(coef, intercept)
-
-        return SequentialLoop(self.options, walk, names, validate and validate_alone, record, save, epoch)
+        return SequentialLoop(*common, epoch)
 
     def _full_loop(
         self, rows: Dataset, held_out: Dataset | None, walk: Walk, kept: Checkpoint | None, by_moments: bool

@@ -122,7 +122,7 @@ class RowStream:
     order : Order
         In which order they come.
     prepare : callable
-        Writes rows x (m, p) and y (m, k), with their weights (m,) or None, into `out` (m, width), in the thread that read them.
+        Writes rows x (m, p) and y (m, k), with their weights (m,) or None, into `out` (m, width).
     width : int
         Numbers of a prepared row.
     readers : int
@@ -130,7 +130,9 @@ class RowStream:
     task : str
         What the pass is called in events.
     progress : callable, optional
-        Called with an `Event` at every tile.
+        Called with an `Event` at every unit, or tile.
+    keep : bool
+        Keep the memory of windows from epoch to epoch: nothing else may need it in between.
 
     Raises
     ------
@@ -139,12 +141,21 @@ class RowStream:
     """
 
     def __init__(
-        self, dataset: Dataset, order: Order, prepare: Prepare, *, width: int, readers: int, task: str, progress: Callback | None
+        self,
+        dataset: Dataset,
+        order: Order,
+        prepare: Prepare,
+        *,
+        width: int,
+        readers: int,
+        task: str,
+        progress: Callback | None,
+        keep: bool = False,
     ) -> None:
         self.dataset, self.order, self.prepare, self.width = dataset, order, prepare, width
         self.readers, self.task, self.progress = readers, task, progress
         self.tally = Tally()  # of the last reading that came to its end
-        self._memory: list[Window] = []  # which the next epoch uses again: the kernel clears every page that it gives
+        self._kept: list[Window] | None = [] if keep else None  # the kernel clears every page that it gives
         self._before = begin(dataset)
 
     def epoch(self, number: int, start: Position = START) -> Iterator[Stretch]:
@@ -185,17 +196,13 @@ class RowStream:
                     kept[lost], keys[lost] = piece[new], drawn[new]
         return kept[:filled]
 
-    def forget(self) -> None:
-        """Give back the memory of windows, which another pass may need before the next epoch."""
-        self._memory = []
-
     def _windows(self, units: Sequence[Span], first: int, *, whole: bool = True) -> Generator[Window, None, None]:
         """Read units in order into windows, from one of these on, by threads that each take every so-manieth unit."""
         dataset, places = self.dataset, self.order.window_units(self.dataset)
         start = min(first * places, len(units))
         readers = min(self.readers, len(units) - start)
         last = -(-len(units) // places)
-        height, memory = most_rows(unit_spans(dataset)), self._memory
+        height, memory = most_rows(unit_spans(dataset)), [] if self._kept is None else self._kept
         for _ in range(len(memory), min(self.order.windows(readers), last - first)):
             memory.append(Window(dataset, places, height, self.order.run))
         rows = dataset.stored_rows if whole else sum(span.stop - span.start for span in units)

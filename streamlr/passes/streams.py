@@ -38,7 +38,7 @@ class ParallelStreams:
     order : Order
         In which order units come, and rows in each of how many streams.
     prepare : callable
-        Writes rows x (m, p) and y (m, k), with their weights (m,) or None, into `out` (m, width), in the task that read them.
+        Writes rows x (m, p) and y (m, k), with their weights (m,) or None, into `out` (m, width).
     width : int
         Numbers of a prepared row.
     tasks_at_once : int
