@@ -187,7 +187,8 @@ def fit(
     shuffle: Annotated[bool | None, typer.Option(help="Rows in random order, or as stored.", **DESCENT)] = None,
     average: Annotated[bool | None, typer.Option(help="Return the mean of late iterates, or the last.", **DESCENT)] = None,
     buffer_rows: Annotated[
-        int | None, typer.Option(help="Rows that are shuffled together, in whole chunks; by default four.", **DESCENT)
+        int | None,
+        typer.Option(help="Rows that are shuffled together, in whole chunks; by default four, 64 MiB at least.", **DESCENT),
     ] = None,
     log_every: Annotated[int | None, typer.Option(help="Rows between records within an epoch.", **DESCENT)] = None,
     streams: Annotated[int | None, typer.Option(help="Go down side by side, and average after epochs.", **DESCENT)] = None,

@@ -39,7 +39,7 @@ from streamlr.passes.planning import draft_pass, plan_pass
 from streamlr.passes.progress import Callback, Event
 from streamlr.passes.reduce import Reduced, reduce
 from streamlr.passes.shuffle import Position
-from streamlr.passes.stream import SAMPLED, RowStream, plan_stream
+from streamlr.passes.stream import SAMPLED, RowStream, plan_stream, sampling_bytes
 from streamlr.passes.streams import ParallelStreams
 from streamlr.passes.write import check_apart
 
@@ -124,8 +124,9 @@ class Training:
         plan, by_moments = self._planned(rows)
         with nullcontext() if checkpoint is None else held(checkpoint), one_blas_thread():
             kept = None if checkpoint is None else Checkpoint(checkpoint, self._identity(rows), self.options.checkpoint_every)
-            walk = self._walk(rows, self._sample_readers(rows) if self.options.streams > 1 else plan.tasks_at_once)
             full = self.options.mode == "gd"
+            at_once = 1 if full else plan.tasks_at_once
+            walk = self._walk(rows, self._sample_readers(rows) if self.options.streams > 1 else at_once)
             loop = self._full_loop(rows, held_out, walk, kept, by_moments) if full else self._loop(rows, held_out, walk, kept, plan)
             begun: Any = loop.start() if kept is None else kept.load(loop.start())
             state: Any = loop.run(begun)
@@ -256,14 +257,16 @@ class Training:
     def _draft_moments(self, rows: Dataset) -> Plan:
         """Return the plan of a full-batch descent by moments, whether it fits or not."""
         statistic = MomentsOf(rows.feature_names, rows.target_names)
-        needed = max(2 * statistic.nbytes + solve_bytes(rows.n_features, rows.n_targets), self._sample_bytes(rows))
+        needed = max(
+            2 * statistic.nbytes + solve_bytes(rows.n_features, rows.n_targets), self._sample_bytes(rows) + sampling_bytes(rows)
+        )
         return draft_pass(rows, statistic, task="gd", memory=self.memory_limit, solution_bytes=needed)[0]
 
     def _plan_slopes(self, rows: Dataset) -> Plan:
         """Return the plan of a full-batch descent by a pass for each step."""
         coordinates = plain_coordinates(None, rows.n_features, rows.n_targets, intercept=self.fit_intercept)
         statistic = SumsOf(coordinates, coordinates.start(), rows.target_names)
-        needed = self._sample_bytes(rows) + ITERATES * statistic.b.nbytes
+        needed = self._sample_bytes(rows) + sampling_bytes(rows) + ITERATES * statistic.b.nbytes
         plan, _ = plan_pass(rows, statistic, task="gd", memory=self.memory_limit, solution_bytes=needed)
         return replace(plan, passes=self.options.max_epochs or 1)
 
@@ -315,7 +318,7 @@ class Training:
             "fit_intercept": self.fit_intercept,
             "ridge": self.ridge,
             "stretch_rows": order.stretch_rows(width),  # positions count in these, and another release may choose others
-            "window_units": order.window_units(rows),
+            "shuffled": [order.window_units(rows) * most_rows(unit_spans(rows, order.streams)), order.run],
         }
 
 

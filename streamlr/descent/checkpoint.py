@@ -19,7 +19,7 @@ from streamlr.files import MAX_JSON_BYTES, read_json, to_json, write_json
 
 S = TypeVar("S")
 FORMAT = "streamlr checkpoint"
-VERSION = 1
+VERSION = 2
 SECONDS = 15.0
 
 

@@ -87,7 +87,8 @@ class Descent:
         Return the mean of late iterates (Polyak and Juditsky 1992) and not the last; None for True where a learning rate is given,
         since the automatic one falls in a way that makes the last iterate a mean.
     buffer_rows : int or None
-        Rows that are shuffled together, in whole chunks; None for four chunks, at least 64 MiB. As many are read meanwhile.
+        Rows that are shuffled together, in whole chunks; None for four chunks, at least 64 MiB. With one stream, as
+        many are read meanwhile.
     log_every : int or None
         Rows after which a record is added to the history within an epoch.
     checkpoint_every : int or None

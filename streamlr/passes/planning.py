@@ -99,7 +99,7 @@ def _drafted(
         merges += level
         waiting += fan_in - 1
     run = RUN if whole_tiles and not lazy and is_threaded() else 1
-    held = min(run, len(cut)).bit_length() - 1  # nodes of a run that wait for its last span; it leaves one, as a span does
+    held = min(run, len(cut)).bit_length() - 1  # nodes of a run that wait for its last span
     task_bytes = dataset.reader_bytes + left + (held + 2) * statistic.nbytes
     waiting_bytes = min(waiting, len(cut)) * left
     plan = draft_plan(

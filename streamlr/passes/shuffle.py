@@ -69,14 +69,15 @@ def stretches(
     NonFiniteValue
         A number is NaN or infinite, and nobody has looked for that before.
     """
-    out, filled, position = np.empty((height, width)), 0, start
+    out, filled, position, drawn = np.empty((height, width)), 0, start, None
     for window in windows:
         before, at = position.before, position.rows - position.before
         if seed is not None:
             window.shuffle(seed)
+            drawn = drawn or window.drawer(height)
         while at < len(window):
             count = min(len(window) - at, height - filled)
-            for part in window.rows(at, count):
+            for part in window.rows(at, count, drawn):
                 rows = out[filled : filled + len(part.x)]
                 with np.errstate(all="ignore"):  # what leaves the range of float64 shows in the descent
                     prepare(part.x, part.y, part.weights, rows)

@@ -25,6 +25,7 @@ from streamlr.passes.tasks import begin, end
 from streamlr.passes.windows import Window, read_units
 
 SAMPLED = 4  # units in memory at once while a sample is taken
+LATE = -1  # in the place of a unit: all of them were read
 
 Array = NDArray[np.float64]
 
@@ -40,9 +41,9 @@ def plan_stream(
     passes: int,
     memory: int | str | None,
 ) -> Plan:
-    """Plan epochs: as many readers at once as there are workers and as memory allows; buffers are never shrunk.
+    """Plan epochs: as many readers at once as there are workers and as memory allows; windows are never shrunk.
 
-    Of several streams, each is a task that has a buffer and a state of its own.
+    Of several streams, each is a task that has a window and a state of its own.
 
     Parameters
     ----------
@@ -53,7 +54,7 @@ def plan_stream(
     width : int
         Numbers of a prepared row.
     sample_bytes : int
-        What a sample takes, before there is a buffer.
+        What a sample takes, before there are windows.
     state_bytes : int
         What the descent itself holds.
     passes : int
@@ -64,7 +65,7 @@ def plan_stream(
     Raises
     ------
     MemoryLimitExceeded
-        The buffer and one reader do not fit; the message has the numbers.
+        The windows and one reader do not fit; the message has the numbers.
     UsageError
         There are more streams than chunks to share.
     """
@@ -73,9 +74,9 @@ def plan_stream(
         raise UsageError(f"streams is {streams:,}, and the rows are in {len(units):,} chunk(s); choose at most so many streams")
     places, height = order.window_units(dataset), most_rows(units)
     window, unit = (Window.nbytes(dataset, count, height, order.run) for count in (places, 1))
-    together = min(order.windows(0), -(-len(units) // places))
+    together = 1 if streams > 1 else min(order.windows(0), -(-len(units) // places))
     reading, stretch = dataset.reader_bytes, 2 * order.stretch_rows(width) * width * 8  # prepared, and as they were read
-    shuffled = 3 * 8 * (places * height // order.run) * order.shuffle  # integers for the order of its runs
+    shuffled = 4 * 8 * (places * height // order.run) * order.shuffle  # integers for the order of its runs
     try:
         if streams > 1:
             if dataset.lazy:
@@ -97,7 +98,7 @@ def plan_stream(
             task=task,
             merges=0,
             task_bytes=reading + (0 if order.shuffle else unit),
-            result_bytes=max(together * window + shuffled + stretch, SAMPLED * unit + sample_bytes) + state_bytes,
+            result_bytes=max(together * window + shuffled + stretch, min(SAMPLED, len(units)) * unit + sample_bytes) + state_bytes,
             passes=passes,
             memory=memory,
             here=True,
@@ -107,9 +108,14 @@ def plan_stream(
         if places == 1:
             raise
         raise MemoryLimitExceeded(
-            f"{error}; {format_bytes(window)} of it are rows that are shuffled together, {places * height:,}, and as many that are "
-            "read meanwhile: a smaller buffer_rows mixes less"
+            f"{error}; {format_bytes(together * window)} of it are {together} x {places * height:,} rows that are shuffled "
+            "together: a smaller buffer_rows mixes less"
         ) from None
+
+
+def sampling_bytes(dataset: Dataset) -> int:
+    """Return what reading a sample takes in one thread: a unit is used while another is read."""
+    return dataset.reader_bytes + 2 * Window.nbytes(dataset, 1, most_rows(unit_spans(dataset)), 1)
 
 
 class RowStream:
@@ -155,7 +161,8 @@ class RowStream:
         self.dataset, self.order, self.prepare, self.width = dataset, order, prepare, width
         self.readers, self.task, self.progress = readers, task, progress
         self.tally = Tally()  # of the last reading that came to its end
-        self._kept: list[Window] | None = [] if keep else None  # the kernel clears every page that it gives
+        self._keep = keep
+        self._kept: list[Window] = []  # the kernel clears every page that it gives
         self._before = begin(dataset)
 
     def epoch(self, number: int, start: Position = START) -> Iterator[Stretch]:
@@ -202,7 +209,8 @@ class RowStream:
         start = min(first * places, len(units))
         readers = min(self.readers, len(units) - start)
         last = -(-len(units) // places)
-        height, memory = most_rows(unit_spans(dataset)), [] if self._kept is None else self._kept
+        height = most_rows(unit_spans(dataset))
+        memory, self._kept = self._kept, []  # given back when no reader is left that may write to it
         for _ in range(len(memory), min(self.order.windows(readers), last - first)):
             memory.append(Window(dataset, places, height, self.order.run))
         rows = dataset.stored_rows if whole else sum(span.stop - span.start for span in units)
@@ -227,6 +235,8 @@ class RowStream:
                 ahead.end()
             for thread in threads:
                 thread.join()
+            ahead.check()
+            self._kept = memory if self._keep else []
             self.tally = sum(ahead.tallies, Tally(rows=skipped))
             if whole:
                 end(dataset, self._before, self.tally)
@@ -243,7 +253,7 @@ class RowStream:
                     ahead.put(next(left), block)
                 ahead.tallies.append(share.tally)
         except BaseException as error:
-            ahead.put(next(left, -1), error)
+            ahead.put(next(left, LATE), error)
 
 
 class _Ahead:
@@ -281,6 +291,11 @@ class _Ahead:
         with self._changed:
             self._free += 1
             self._changed.notify_all()
+
+    def check(self) -> None:
+        """Raise what went wrong after the last unit, if anything did."""
+        if LATE in self._units:
+            self._found(LATE)
 
     def end(self) -> None:
         """Say that nobody wants any more rows."""

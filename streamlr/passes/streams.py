@@ -46,7 +46,7 @@ class ParallelStreams:
     task : str
         What the pass is called in events.
     progress : callable, optional
-        Called with an `Event` at every tile.
+        Called with an `Event` at every unit, or tile.
 
     Raises
     ------

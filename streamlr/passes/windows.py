@@ -42,7 +42,6 @@ class Window:
         self._arrays = [Buffer().take(8 * rows * width).view(np.float64).reshape(rows, width) for width in widths]
         self._blocks: list[Block] = []
         self._order: tuple[Numbers, Numbers] | None = None
-        self._taken = self._rows([np.empty((0, width)) for width in widths])
 
     @staticmethod
     def nbytes(dataset: Dataset, places: int, height: int, run: int) -> int:
@@ -63,15 +62,19 @@ class Window:
         heights = [len(block.x) for block in self._blocks]
         runs = [start // self.run + np.arange(height // self.run) for start, height in zip(starts, heights, strict=True)]
         rest = [start + np.arange(height - height % self.run, height) for start, height in zip(starts, heights, strict=True)]
-        self._order = np.random.default_rng((*seed, self.number)).permutation(np.concatenate(runs)), np.concatenate(rest)
+        self._order = np.random.default_rng((*seed, self.number + 1)).permutation(np.concatenate(runs)), np.concatenate(rest)
 
     def __len__(self) -> int:
         return sum(len(block.x) for block in self._blocks)
 
-    def rows(self, at: int, count: int) -> Iterator[Block]:
-        """Yield `count` rows in their order from the `at`-th on, valid until the next ones are asked for."""
-        if self._order is not None:
-            yield self._shuffled(*self._order, at, count)
+    def drawer(self, height: int) -> Block:
+        """Return memory for so many rows that are drawn."""
+        return self._rows([np.empty((height, array.shape[1])) for array in self._arrays])
+
+    def rows(self, at: int, count: int, drawn: Block | None) -> Iterator[Block]:
+        """Yield `count` rows in their order from the `at`-th on: where they lie, or in `drawn` where they are shuffled."""
+        if self._order is not None and drawn is not None:
+            yield self._draw(*self._order, at, drawn.part(0, count))
             return
         for block in self._blocks:
             first, last = min(at, len(block.x)), min(at + count, len(block.x))
@@ -89,13 +92,10 @@ class Window:
         x, y, *weights = arrays
         return Block(0, len(x), x, y, weights[0][:, 0] if weights else None)
 
-    def _shuffled(self, runs: Numbers, rest: Numbers, at: int, count: int) -> Block:
-        if count > len(self._taken.x):
-            self._taken = self._rows([np.empty((count, array.shape[1])) for array in self._arrays])
-        out = self._taken.part(0, count)
+    def _draw(self, runs: Numbers, rest: Numbers, at: int, out: Block) -> Block:
         for array, rows in zip(self._arrays, (out.x, out.y, out.weights), strict=False):
             if rows is not None:
-                _take(array, runs, rest, self.run, at, rows.reshape(count, -1))
+                _take(array, runs, rest, self.run, at, rows.reshape(len(rows), -1))
         return out
 
 
