@@ -236,6 +236,8 @@ class RowStream:
             for thread in threads:
                 thread.join()
             ahead.check()
+            for window in memory:
+                window.fill(0, ())  # of blocks, which know their readers, and so keep their memory
             self._kept = memory if self._keep else []
             self.tally = sum(ahead.tallies, Tally(rows=skipped))
             if whole:

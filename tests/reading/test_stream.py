@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import resource
 import shutil
@@ -417,6 +418,18 @@ class TestEnds:
         assert over.wait(10)
         found += [part.copy() for part, _ in epoch]
         np.testing.assert_array_equal(np.sort(np.concatenate(found)[:, 0]), np.arange(N))
+
+    def test_kept_windows_keep_no_reader(self, rows, tmp_path):
+        """Whose memory the readers of the next epoch take again."""
+        stream = stream_of(zarr_dataset(tmp_path / "s.zarr", *rows[:2]), keep=True)
+        gc.collect()
+        gc.disable()
+        try:
+            assert sum(len(part) for part, _ in stream.epoch(0)) == N
+            assert not [one for one in gc.get_objects() if isinstance(one, DatasetReader) and one.dataset is stream.dataset]
+        finally:
+            gc.enable()
+        assert stream._kept
 
     def test_a_consumer_that_never_begins(self, rows):
         stretches = stream_of(streamlr.Dataset(*rows[:2])).epoch(0)
