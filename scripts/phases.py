@@ -31,7 +31,8 @@ PHASES = {
     "decode": ("streamlr.dataset.codecs:ChunkCodec.decode", "streamlr.dataset.codecs:ZarrCodec.decode"),
     "check and copy rows": ("streamlr.dataset.checked:DatasetReader.blocks",),
     "centre": ("streamlr.aggregates.moments:MomentsOf.of",),  # all of it but the product of the features
-    "product": ("streamlr.aggregates.centred:_square",),
+    # of few columns, centring too
+    "product": ("streamlr.aggregates.centred:_square", "streamlr.aggregates.centred:_products_of_columns"),
     "merge": ("streamlr.aggregates.moments:Moments.__add__",),
     "solve": ("streamlr.api:_solved",),
 }

@@ -35,7 +35,7 @@ class Window:
     """
 
     def __init__(self, dataset: Dataset, places: int, height: int, run: int = 1) -> None:
-        self.number, self.run = 0, run
+        self.number, self._run = 0, run
         self._height = -(-height // run) * run  # so that runs begin where places do
         widths = (dataset.n_features, dataset.n_targets, *([] if dataset.weights is None else [1]))
         rows = places * self._height  # in buffers, whose memory goes back as a whole
@@ -60,8 +60,8 @@ class Window:
         """Choose a random order of whole runs; rows that are left at the ends of units come after them."""
         starts = [place * self._height for place in range(len(self._blocks))]
         heights = [len(block.x) for block in self._blocks]
-        runs = [start // self.run + np.arange(height // self.run) for start, height in zip(starts, heights, strict=True)]
-        rest = [start + np.arange(height - height % self.run, height) for start, height in zip(starts, heights, strict=True)]
+        runs = [start // self._run + np.arange(height // self._run) for start, height in zip(starts, heights, strict=True)]
+        rest = [start + np.arange(height - height % self._run, height) for start, height in zip(starts, heights, strict=True)]
         self._order = np.random.default_rng((*seed, self.number + 1)).permutation(np.concatenate(runs)), np.concatenate(rest)
 
     def __len__(self) -> int:
@@ -95,7 +95,7 @@ class Window:
     def _draw(self, runs: Numbers, rest: Numbers, at: int, out: Block) -> Block:
         for array, rows in zip(self._arrays, (out.x, out.y, out.weights), strict=False):
             if rows is not None:
-                _take(array, runs, rest, self.run, at, rows.reshape(len(rows), -1))
+                _take(array, runs, rest, self._run, at, rows.reshape(len(rows), -1))
         return out
 
 
