@@ -152,7 +152,7 @@ def test_the_same_bits_on_any_workers(store, expected, tmp_path, workers, nanny)
 
 def living(client: Any, count: int, but: int) -> set[int]:
     """The processes of the workers, once there are so many again; the scheduler may not have noticed yet who is dead."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while len(found := set(client.run(os.getpid, on_error="ignore").values()) - {but}) < count:
         assert time.monotonic() < deadline
         time.sleep(0.1)
