@@ -328,6 +328,28 @@ def test_bits_do_not_depend_on_where_in_memory_rows_and_workspace_lie(rows, p, k
             assert same_bits(statistic.of(Block(0, rows, *moved, weights, room)), expected)
 
 
+class Measured(Buffer):
+    """Knows the most that was taken of it."""
+
+    most = 0
+
+    def take(self, nbytes: int) -> NDArray[np.uint8]:
+        self.most = max(self.most, nbytes)
+        return super().take(nbytes)
+
+
+@pytest.mark.parametrize(("mean", "copied"), [(0.0, False), (0.5, False), (3.0, True)])
+def test_many_features_near_zero_are_multiplied_where_they_lie(mean: float, copied: bool):
+    x, y = mean + np.random.default_rng(7).normal(size=(512, 20)), np.arange(512.0)[:, None]
+    room = Measured()
+    found = MomentsOf(default_names("x", 20), ("y",)).of(Block(0, len(x), x, y, None, room))
+    assert (room.most > 2 * y.nbytes) == copied
+    _, scatter = exact_moments(np.hstack([x, y]), None)
+    size = np.sqrt(np.diagonal(found.scatter))
+    for i, j in itertools.combinations_with_replacement(range(21), 2):
+        assert abs(Fraction(float(found.scatter[i, j])) - scatter[i][j]) <= 2e-15 * size[i] * size[j]
+
+
 @pytest.mark.parametrize(("value", "weight"), [(1e17, 1e-50), (1e20, 1e-60), (1e25, 1e-70)])
 def test_far_rows_of_hardly_any_weight_leave_no_trace_where_others_are_centred_by_them(value, weight):
     rng = np.random.default_rng(6)

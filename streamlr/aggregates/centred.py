@@ -13,6 +13,7 @@ EPS = {"double": float(np.finfo(np.float64).eps), "single": float(np.finfo(np.fl
 CONSTANT = 32 * EPS["double"]  # a column varies by more than this beside its mean, or by rounding
 # So much of a sum of squares may be due to a centre away from the mean: four bits of float64 at most, hardly one of float32.
 MOSTLY = {"double": 15 / 16, "single": 1 / 4}
+HARDLY = {"double": 1 / 2, "single": 1 / 8}  # where zero as the centre of all features costs no more, by some rows, it is
 SOME = 64  # rows at least, where there are as many
 ROUNDS = 4  # of centring again: each leaves some eps of the distance before it
 PIECE_BYTES = 2**21  # of centred rows, about a core's cache: fewer, and the interpreter's lock is passed on too often
@@ -66,12 +67,12 @@ class Products(NamedTuple):
 def centred_product(block: Block, total: float, precision: str) -> tuple[Array, Array, Array]:
     """Return mean, what its rounding left out, and scatter of the rows of a block, whose weights sum to `total`.
 
-    Rows are centred near their mean, at that of some of them, so that they are gone through once. Their sums tell how far
-    from there the mean is, and the scatter is corrected by the square of that. Where some rows say too little about the others the
-    rows are centred again, so that the correction costs next to no digits.
+    Rows are centred near their mean, at that of some of them, so that they are gone through once; many features that are near zero
+    stay as they are. Sums tell how far from there the mean is, and the scatter is corrected by the square of that. Where some rows
+    say too little about the others the rows are centred again, so that the correction costs next to no digits.
     """
-    centre = _mean_of_some(block)
     few = max(block.x.shape[1], block.y.shape[1]) <= FEW_COLUMNS and precision == "double"
+    centre = _centre_of_some(block, 0.0 if few else HARDLY[precision])
 
     def around(centre: Array) -> tuple[Products, Array]:
         products = _products_of_columns(block, centre) if few else _products_of_rows(block, centre, precision)
@@ -91,14 +92,17 @@ def centred_product(block: Block, total: float, precision: str) -> tuple[Array, 
     return *exact_sum(centre, offset), scatter
 
 
-def _mean_of_some(block: Block) -> Array:
-    """Return the mean of rows that are spread over a block; of all, where those have no weight."""
+def _centre_of_some(block: Block, hardly: float) -> Array:
+    """Return the mean of rows that are spread over a block, of all where those have no weight; zero for features if it will do."""
     every = max(len(block.x) // SOME, 1)
     w = None if block.weights is None else block.weights[::every]
     if w is not None and not w.any():
         every, w = 1, block.weights
-    some = np.concatenate((block.x[::every], block.y[::every]), axis=1)
-    mean: Array = some.sum(axis=0) / len(some) if w is None else w.dot(some) / w.sum()
+    p, some = block.x.shape[1], np.concatenate((block.x[::every], block.y[::every]), axis=1)
+    w = np.ones(len(some)) if w is None else w
+    mean: Array = w.dot(some) / w.sum()
+    if (mean[:p] ** 2 <= hardly * (w.dot(some[:, :p] ** 2) / w.sum())).all():
+        mean[:p] = 0.0
     return mean
 
 
@@ -131,28 +135,36 @@ def _products_of_rows(block: Block, centre: Array, precision: str) -> Products:
     """Return the products of the columns of rows that are centred, and multiplied by the roots of their weights.
 
     Each `step` rows make one symmetric product, after each `near` of them were centred and multiplied with the targets while the
-    cache holds them. Products are made by `dot`: of few results, `@` would keep other threads out of the interpreter all the while.
+    cache holds them; all rows at once where features are multiplied as they lie. Products are made by `dot`: of few results, `@`
+    would keep other threads out of the interpreter all the while.
     """
     (m, p), q, weights = block.x.shape, len(centre), block.weights
     heaviest = float(weights.max()) if weights is not None and precision == "single" else 1.0  # float32 has less range
     root = None if weights is None else np.sqrt(weights / heaviest)[:, None]
-    step = min(tile_rows(q + 1, cache_bytes=PIECE_BYTES), m)
-    near = min(tile_rows(q + 1, 0, PIECE_BYTES), step)
-    room = block.workspace(step * p + near * (q + 1 - p))
-    features, rest = room[: step * p].reshape(step, p), room[step * p :]
+    as_they_lie = root is None and not centre[:p].any() and block.x.flags.c_contiguous
+    step, near = m, m
+    if not as_they_lie:
+        step = min(tile_rows(q + 1, cache_bytes=PIECE_BYTES), m)
+        near = min(tile_rows(q + 1, 0, PIECE_BYTES), step)
+    room = block.workspace((0 if as_they_lie else step * p) + near * (q + 1 - p))
+    rest, room = room[: near * (q + 1 - p)], room[near * (q + 1 - p) :]
     square, beside = np.empty((0, 0)), np.zeros((q + 1 - p, q + 1))
     for first in range(0, m, step):
         rows = min(step, m - first)
+        features = block.x[first : first + rows] if as_they_lie else room[: rows * p].reshape(rows, p)
         for part in range(0, rows, near):
             height = min(near, rows - part)
             here = slice(first + part, first + part + height)
             z, others = features[part : part + height], rest[: height * (q + 1 - p)].reshape(q + 1 - p, height)
-            _centre(block.x[here], block.y[here], centre, z, others)
+            np.subtract(block.y[here].T, centre[p:, None], out=others[:-1])
+            others[-1] = 1.0
+            if not as_they_lie:
+                _centre(block.x[here], centre[:p], z)
             if root is not None:
                 z *= root[here]
                 others *= root[here].T
             beside += _beside(z, others)
-        found = _square(features[:rows], precision)
+        found = _square(features, precision)
         square = np.add(square, found, out=square) if first else found
     if heaviest != 1:
         square *= heaviest
@@ -160,28 +172,25 @@ def _products_of_rows(block: Block, centre: Array, precision: str) -> Products:
     return Products(square, beside[:-1, :-1], beside[-1, :-1])
 
 
-def _centre(x: Array, y: Array, centre: Array, features: Array, rest: Array) -> None:
-    """Write features as rows, and apart from them targets as columns, less their centres, and ones as the last column.
-
-    Apart, since NumPy subtracts from one long row several times as fast as from many short ones.
-    """
-    m, p = x.shape
+def _centre(x: Array, centre: Array, out: Array) -> None:
+    """Write rows less their centre: from one long row NumPy subtracts several times as fast as from many short ones."""
+    m = len(x)
     fold = min(m & -m, FOLD)  # rows of a tile are a power of two; those of a last one perhaps not
-    np.subtract(x.reshape(m // fold, -1), np.tile(centre[:p], fold), out=features.reshape(m // fold, -1))
-    np.subtract(y.T, centre[p:, None], out=rest[:-1])
-    rest[-1] = 1.0
+    np.subtract(x.reshape(m // fold, -1), np.tile(centre, fold), out=out.reshape(m // fold, -1))
 
 
 def _beside(features: Array, others: Array) -> Array:
     """Return the products of targets and ones, the rows of `others`, with features (m, p) and with each other."""
     p = features.shape[1]
-    products = np.empty((len(others), p + len(others)))
+    products = np.zeros((len(others), p + len(others)))
     if len(others) > FEW:
         products[:, :p], products[:, p:] = others.dot(features), others.dot(others.T)
         return products
+    for at in range(0, len(features), SHORT_ROWS):  # BLAS would sum all of them row by row
+        piece = features[at : at + SHORT_ROWS]
+        for row, beside in zip(others[:, at : at + SHORT_ROWS], products, strict=True):
+            beside[:p] += row.dot(piece)
     for j, row in enumerate(others):
-        pieces = (slice(at, at + SHORT_ROWS) for at in range(0, len(row), SHORT_ROWS))
-        products[j, :p] = sum(row[piece].dot(features[piece]) for piece in pieces)  # BLAS would sum all of them row by row
         products[j, p : p + j + 1] = others[: j + 1].dot(row)
         products[:j, p + j] = products[j, p : p + j]
     return products

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from streamlr.dataset.buffers import Buffer
 
-TILE_BYTES = 6 * 2**20
+TILE_BYTES = 8 * 2**20
 MIN_SPAN_BYTES = 16 * 2**20
 MAX_SPAN_BYTES = 256 * 2**20
 WAITING_SPAN_BYTES = 2**30  # from a store with latency, for which the first chunks of each span wait
@@ -107,7 +107,7 @@ def tile_rows(n_columns: int, left_bytes: int | None = None, cache_bytes: int = 
     Examples
     --------
     >>> tile_rows(101), tile_rows(11), tile_rows(1001), tile_rows(1001, 100)
-    (4096, 65536, 4096, 512)
+    (8192, 65536, 4096, 1024)
     """
     columns = max(n_columns, 1)
     cached = max(cache_bytes // (8 * columns), 1)

@@ -46,7 +46,7 @@ from streamlr.errors import (
 )
 from streamlr.inspection import verify
 
-N, P, CHUNK = 9_000, 127, 1_000  # tiles of 4,096 rows, so that a pass has three events
+N, P, CHUNK = 9_000, 128, 1_000  # tiles of 4,096 rows, so that a pass has three events
 REMEDIES = ("restore", "open", "write it again", "write the store again", "check", "wait", "repair", "mounted")
 
 

@@ -22,7 +22,7 @@ from streamlr.descent.scaling import Coordinates
 from streamlr.errors import DataError, NonFiniteValue, NoRows, UsageError
 from streamlr.passes.reduce import reduce
 
-N, P = 9_000, 120  # tiles of 4,096 rows: three of them
+N, P = 9_000, 128  # tiles of 4,096 rows: three of them
 NAN = np.nan
 
 

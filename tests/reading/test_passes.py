@@ -92,7 +92,7 @@ def four_workers():
 
 @pytest.fixture
 def spans_of_one_tile(monkeypatch):
-    """As where columns are many, of which a test has too few: 4,096 rows each."""
+    """As where columns are many, of which a test has too few: 8,192 rows each."""
     monkeypatch.setattr(planning, "OPEN_BYTES", 0)
     monkeypatch.setattr(blocks, "MIN_SPAN_BYTES", 1)
     monkeypatch.setattr(blocks, "WAITING_SPAN_BYTES", 1)
@@ -146,7 +146,7 @@ class TestReadings:
         with dask.config.set(num_workers=workers):
             plan = streamlr.plan(dataset)
             runs = -(-plan.n_spans // plan.spans_per_task)
-            assert (plan.n_spans, runs) == (20, 3)
+            assert (plan.n_spans, runs) == (10, 2)
             assert streamlr.accumulate(dataset).scatter.tobytes() == expected
         twice = Counter(key.split("/")[0] for (key, _), times in store.reads.items() if times > 1)
         taken_over = (workers - 1) * 4  # parts of runs: 4, 2 and 1 spans, and as many again if one thread is slow

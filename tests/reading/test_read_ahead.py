@@ -28,7 +28,7 @@ from streamlr.dataset.blocks import Span
 from streamlr.dataset.read_ahead import AHEAD_BYTES, ReadAhead, chunks_ahead
 from streamlr.errors import ChunkCorrupt, ChunkMissing, DataError
 
-N, P, CHUNK = 9_000, 127, 300  # tiles of 4,096 rows
+N, P, CHUNK = 9_000, 128, 300  # tiles of 4,096 rows
 REQUESTS = 8  # so that not all that there are is asked for at once
 LAYOUTS = {
     "plain": {"chunks": (CHUNK, P), "compressors": None},
