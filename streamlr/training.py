@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from streamlr.aggregates.cost import Cost, ResidualsOf, cost_of_moments
 from streamlr.aggregates.moments import Moments, MomentsOf
-from streamlr.dataset.blocks import Plan
+from streamlr.dataset.blocks import Block, Plan
 from streamlr.dataset.dataset import Dataset
 from streamlr.dataset.rows import MemoryRows
 from streamlr.dataset.tally import warn_rounded
@@ -24,7 +24,7 @@ from streamlr.descent.full import FullLoop, Quadratic, Slope, SumsOf, penalised
 from streamlr.descent.loop import Loop
 from streamlr.descent.mixing import MixedLoop
 from streamlr.descent.options import Descent
-from streamlr.descent.scaling import plain_coordinates
+from streamlr.descent.scaling import Prepared, plain_coordinates
 from streamlr.descent.sequential import SequentialLoop
 from streamlr.descent.steps import Walk, working_bytes
 from streamlr.descent.stopping import Record, chosen
@@ -39,7 +39,7 @@ from streamlr.passes.planning import draft_pass, plan_pass
 from streamlr.passes.progress import Callback, Event
 from streamlr.passes.reduce import Reduced, reduce
 from streamlr.passes.shuffle import Position
-from streamlr.passes.stream import SAMPLED, RowStream, plan_stream, sampling_bytes
+from streamlr.passes.stream import SAMPLED, RowStream, plan_stream, sampling_bytes, side_by_side
 from streamlr.passes.streams import ParallelStreams
 from streamlr.passes.write import check_apart
 
@@ -93,14 +93,13 @@ class Training:
         if self.options.mode == "gd":
             moments = self._draft_moments(rows)
             return (moments, True) if moments.fits else (self._plan_slopes(rows), False)
-        order, width = self._order(rows)
+        order, width = self._order(rows), rows.n_columns + 1
         plan = plan_stream(
             rows,
             order,
             task=self.options.mode,
-            width=width,
             sample_bytes=self._sample_bytes(rows),
-            state_bytes=ITERATES * 8 * width * rows.n_targets + working_bytes(order.stretch_rows(width), width, order.batch_rows),
+            state_bytes=ITERATES * 8 * width * rows.n_targets + working_bytes(order.stretch_rows(rows), width, order.batch_rows),
             passes=self.options.max_epochs or 1,
             memory=self.memory_limit,
         )
@@ -164,28 +163,23 @@ class Training:
             )
         return rows, held_out
 
-    def _order(self, rows: Dataset) -> tuple[Order, int]:
+    def _order(self, rows: Dataset) -> Order:
         options = self.options
-        width = rows.n_features + self.fit_intercept + rows.n_targets + (rows.weights is not None)
         batch_rows = options.batch_rows(rows.n_rows, rows.n_features)
-        return Order(batch_rows, options.seed, bool(options.shuffle), options.buffer_rows, options.streams), width
+        return Order(batch_rows, options.seed, bool(options.shuffle), options.buffer_rows, options.streams)
 
     def _sample_readers(self, rows: Dataset) -> int:
         """Return how many threads of this process may read the sample, whoever reads the rest."""
-        width, order = self._order(rows)[1], Order(1, self.options.seed, shuffle=False)
-        needed = self._sample_bytes(rows)
-        return plan_stream(
-            rows, order, task="sample", width=width, sample_bytes=needed, passes=1, memory=self.memory_limit
-        ).tasks_at_once
+        order, needed = Order(1, self.options.seed, shuffle=False), self._sample_bytes(rows)
+        return plan_stream(rows, order, task="sample", sample_bytes=needed, passes=1, memory=self.memory_limit).tasks_at_once
 
     def _walk(self, rows: Dataset, readers: int) -> Walk:
         """Look at a sample, and return how to go down."""
-        width = rows.n_features + rows.n_targets + (rows.weights is not None)
         order, readers = Order(1, self.options.seed, shuffle=False), min(readers, SAMPLED - 1)
-        stream = RowStream(rows, order, _as_read, width=width, readers=readers, task="sample", progress=self.progress)
+        stream = RowStream(rows, order, side_by_side, readers=readers, task="sample", progress=self.progress)
         unit = most_rows(unit_spans(rows)) * rows.row_bytes
         units = min(max(SAMPLE_READ // unit, FEWEST_UNITS), MOST_UNITS)
-        sample = stream.sample(sample_rows(width), units)
+        sample = stream.sample(sample_rows(rows.n_columns), units)
         share = 1 - stream.tally.dropped / max(stream.tally.rows * rows.n_rows / rows.stored_rows, 1)
         walk = walk_of(
             sample,
@@ -215,9 +209,8 @@ class Training:
         return float(np.ldexp(moments.mean[0], moments.units[0]))
 
     def _loop(self, rows: Dataset, held_out: Dataset | None, walk: Walk, kept: Checkpoint | None, plan: Plan) -> Loop:
-        order, width = self._order(rows)
-        prepare = walk.objective.coordinates.prepare
-        reading: dict[str, Any] = {"width": width, "task": self.options.mode, "progress": self.progress}
+        order, prepare = self._order(rows), walk.objective.coordinates.prepare
+        reading: dict[str, Any] = {"task": self.options.mode, "progress": self.progress}
         save = _nothing if kept is None else kept.save
         common = (self.options, walk, rows.target_names, self._validation(held_out), self._record(rows), save)
         at_once = plan.tasks_at_once
@@ -226,7 +219,7 @@ class Training:
             return MixedLoop(*common, streams.epoch)
         stream = RowStream(rows, order, prepare, readers=at_once, keep=held_out is None, **reading)
 
-        def epoch(number: int, position: tuple[int, ...]) -> Iterator[tuple[Array, tuple[int, ...]]]:
+        def epoch(number: int, position: tuple[int, ...]) -> Iterator[tuple[Prepared, tuple[int, ...]]]:
             return stream.epoch(number, Position(*position))
 
         return SequentialLoop(*common, epoch)
@@ -252,7 +245,7 @@ class Training:
 
     def _sample_bytes(self, rows: Dataset) -> int:
         whitens = self.options.mode != "gd" or self.options.scale == "whiten"
-        return sample_bytes(self._order(rows)[1], rows.n_rows, whitens=whitens)
+        return sample_bytes(rows.n_columns + 1, rows.n_rows, whitens=whitens)
 
     def _draft_moments(self, rows: Dataset) -> Plan:
         """Return the plan of a full-batch descent by moments, whether it fits or not."""
@@ -311,32 +304,26 @@ class Training:
         """Return what a checkpoint of a descent over these rows belongs to."""
         options = self.options.to_dict()
         del options["checkpoint_every"]  # when it is written changes nothing in it
-        order, width = self._order(rows)
+        order = self._order(rows)
         return {
             "fingerprint": self.dataset.fingerprint,
             "options": options,
             "fit_intercept": self.fit_intercept,
             "ridge": self.ridge,
-            "stretch_rows": order.stretch_rows(width),  # positions count in these, and another release may choose others
+            "stretch_rows": order.stretch_rows(rows),  # positions count in these, and another release may choose others
             "shuffled": [order.window_units(rows) * most_rows(unit_spans(rows, order.streams)), order.run],
         }
-
-
-def _as_read(x: Array, y: Array, weights: Array | None, out: Array) -> None:
-    p, q = x.shape[1], x.shape[1] + y.shape[1]
-    out[:, :p], out[:, p:q] = x, y
-    out[:, q:] = 1.0 if weights is None else weights[:, None]
 
 
 def stretches_of(dataset: Dataset, batch_rows: int) -> Iterator[Array]:
     """Yield rows [x y w], of weight 1 where there are no weights, in their order, in whole batches but for the last."""
     arrays, width, order = dataset.arrays, dataset.n_features + dataset.n_targets + 1, Order(batch_rows, 0, shuffle=False)
     if not all(isinstance(rows, MemoryRows) for rows in arrays):
-        plan = plan_stream(dataset, order, task="stream", width=width, sample_bytes=2 * sample_bytes(width), passes=1, memory=None)
-        stream = RowStream(dataset, order, _as_read, width=width, readers=plan.tasks_at_once, task="stream", progress=None)
+        plan = plan_stream(dataset, order, task="stream", sample_bytes=2 * sample_bytes(width), passes=1, memory=None)
+        stream = RowStream(dataset, order, _weighted, readers=plan.tasks_at_once, task="stream", progress=None)
         yield from (rows for rows, _ in stream.epoch(0))
         return
-    height = order.stretch_rows(width)
+    height = order.stretch_rows(dataset)
     for start in range(0, dataset.n_rows, height):  # what is in memory needs no threads, which take longer than a small batch
         out = np.ones((min(height, dataset.n_rows - start), width))
         first = 0
@@ -344,6 +331,10 @@ def stretches_of(dataset: Dataset, batch_rows: int) -> Iterator[Array]:
             rows.reader().read_into(out[:, first : first + rows.n_columns], start)
             first += rows.n_columns
         yield out
+
+
+def _weighted(rows: Block) -> Array:
+    return side_by_side(replace(rows, weights=np.ones(len(rows.x)) if rows.weights is None else rows.weights))
 
 
 def _nothing(_: Any, *, now: bool = False) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -11,8 +12,9 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from strategies import EPS, Array, ExactFit, fractions_of, matrices, row_weights
 
+from streamlr.dataset.blocks import Block
 from streamlr.descent.objective import Objective
-from streamlr.descent.scaling import Coordinates, plain_coordinates, standard_coordinates
+from streamlr.descent.scaling import Coordinates, Prepared, plain_coordinates, standard_coordinates
 from streamlr.errors import NumericalError
 
 UNITS = [1.0, 1e-8, 1e6, 1e-150, 1e150]
@@ -26,11 +28,9 @@ def tables(draw: st.DrawFn) -> tuple[Array, Array | None, int]:
     return columns, weights, columns.shape[1] - draw(st.integers(1, columns.shape[1] - 1).map(lambda k: min(k, 2)))
 
 
-def prepared(coordinates: Coordinates, columns: Array, weights: Array | None) -> Array:
-    rows = np.full((len(columns), coordinates.width), np.nan)
+def prepared(coordinates: Coordinates, columns: Array, weights: Array | None) -> Prepared:
     p = coordinates.n_features
-    coordinates.prepare(columns[:, :p], columns[:, p:], weights, rows)
-    return rows
+    return coordinates.prepared(Block(0, len(columns), columns[:, :p], columns[:, p:], weights))
 
 
 # --- coordinates -----------------------------------------------------------------------------------
@@ -40,8 +40,8 @@ def prepared(coordinates: Coordinates, columns: Array, weights: Array | None) ->
 def test_a_sample_is_centred_and_of_unit_deviation_in_its_own_coordinates(table: tuple[Array, Array | None, int], intercept: bool):
     columns, weights, p = table
     coordinates = standard_coordinates(columns, weights, p, intercept=intercept)
-    assert coordinates.width == columns.shape[1] + intercept + (weights is not None)
-    a, y, w = coordinates.parts(prepared(coordinates, columns, weights))
+    rows = prepared(coordinates, columns, weights)
+    a, y, w = rows.design, rows.y, rows.w
     assert (a.shape[1], y.shape[1]) == (coordinates.n_trained, coordinates.n_targets)
     share = np.full(len(a), 1 / len(a)) if weights is None or not weights.any() else weights / weights.sum()
     if w is not None and weights is not None and weights.any():
@@ -70,7 +70,7 @@ def test_a_constant_column_is_measured_by_its_size_and_never_by_rounding(unit: f
     weights = rng.uniform(0.1, 3.0, 101)
     coordinates = standard_coordinates(columns, weights, 1, intercept=True)
     assert coordinates.scale[0] == pytest.approx(abs(value * unit), rel=1e-12)
-    z = prepared(coordinates, columns, weights)[:, 0]
+    z = prepared(coordinates, columns, weights).z[:, 0]
     assert np.abs(z).max() <= 4 * EPS
 
 
@@ -86,7 +86,7 @@ def test_a_column_that_varies_beyond_rounding_is_not_constant_however_far_from_z
     columns = np.column_stack([values, values])
     coordinates = standard_coordinates(columns, None, 1, intercept=True)
     assert coordinates.scale[0] == pytest.approx(1e-3, rel=0.1)
-    assert np.ptp(prepared(coordinates, columns, None)[:, 0]) > 1
+    assert np.ptp(prepared(coordinates, columns, None).z[:, 0]) > 1
 
 
 def test_a_column_of_zeros_is_left_as_it_is():
@@ -95,7 +95,7 @@ def test_a_column_of_zeros_is_left_as_it_is():
         coordinates = standard_coordinates(columns, None, 1, intercept=intercept)
         assert (coordinates.mean[0], coordinates.scale[0]) == (0.0, 1.0)
         unseen = np.array([[3.0, 0.0]])  # a row that the sample did not meet still counts
-        assert prepared(coordinates, unseen, None)[0, 0] == 3.0
+        assert prepared(coordinates, unseen, None).z[0, 0] == 3.0
 
 
 @given(tables(), st.booleans(), st.integers(0, 1000))
@@ -130,8 +130,7 @@ def test_predictions_are_the_same_in_both_coordinates(seed: int, intercept: bool
     b = rng.standard_normal((coordinates.n_trained, 2))
     assume(target_unit / unit < 1e290)
     coef, user_intercept = coordinates.to_user(b)
-    a, _, _ = coordinates.parts(prepared(coordinates, columns, None))
-    ours = a @ b * coordinates.target_scale + coordinates.target_mean
+    ours = prepared(coordinates, columns, None).times(b) * coordinates.target_scale + coordinates.target_mean
     for i in range(len(columns)):
         for j in range(2):
             terms = [Fraction(x) * Fraction(c) for x, c in zip(columns[i, :2].tolist(), coef[:, j].tolist(), strict=True)]
@@ -153,8 +152,9 @@ def test_nothing_overflows_on_the_way_in(table: tuple[Array, Array | None, int],
         assert (scale > 0).all()
     assert coordinates.mean_weight > 0
     rows = prepared(coordinates, columns, weights)
-    assert np.isfinite(rows).all()
-    assert np.abs(rows).max() <= 2 * max(len(columns), 1e13 if weights is None else 1e30)
+    numbers = np.concatenate([part.ravel() for part in (rows.z, rows.y, rows.w) if part is not None])
+    assert np.isfinite(numbers).all()
+    assert np.abs(numbers).max() <= 2 * max(len(columns), 1e13 if weights is None else 1e30)
 
 
 @pytest.mark.parametrize("n", [1, 2])
@@ -163,7 +163,7 @@ def test_a_sample_of_one_row_or_of_equal_rows_has_coordinates(n: int):
     coordinates = standard_coordinates(columns, None, 2, intercept=True)
     np.testing.assert_array_equal(coordinates.scale, [3.0, 1.0])
     np.testing.assert_array_equal(coordinates.target_scale, [2.0])
-    assert not prepared(coordinates, columns, None)[:, :2].any()
+    assert not prepared(coordinates, columns, None).z.any()
 
 
 def test_a_sample_of_no_rows_or_no_weight_has_coordinates_too():
@@ -187,8 +187,8 @@ def test_plain_coordinates_change_nothing(table: tuple[Array, Array | None, int]
     columns, weights, p = table
     k = columns.shape[1] - p
     coordinates = plain_coordinates(weights, p, k, intercept=intercept)
-    a, y, _ = coordinates.parts(prepared(coordinates, columns, weights))
-    np.testing.assert_array_equal(np.hstack([a[:, :p], y]), columns)
+    rows = prepared(coordinates, columns, weights)
+    np.testing.assert_array_equal(np.hstack([rows.z, rows.y]), columns)
     b = np.random.default_rng(0).standard_normal((p + intercept, k))
     coef, user_intercept = coordinates.to_user(b)
     np.testing.assert_array_equal(coef, b[:p])
@@ -215,11 +215,17 @@ def test_a_row_is_prepared_alike_wherever_it_stands(table: tuple[Array, Array | 
     columns, weights, p = table
     coordinates = standard_coordinates(columns, weights, p, intercept=intercept)
     tall, w = np.resize(columns, (n, columns.shape[1])), None if weights is None else np.resize(weights, n)
-    expected = [(tall[:, :p] - coordinates.mean) * (1 / coordinates.scale), np.ones((n, int(intercept)))]
-    expected.append((tall[:, p:] - coordinates.target_mean) * (1 / coordinates.target_scale))
-    if w is not None:
-        expected.append(w[:, None] * (1 / coordinates.mean_weight))
-    np.testing.assert_array_equal(prepared(coordinates, tall, w), np.hstack(expected))
+    x, y = tall[:, :p].copy(), tall[:, p:].copy()
+    where_they_lie = Block(0, n, x, y, None if w is None else w.copy())
+    apart, here = prepared(coordinates, tall, w), coordinates.prepare(where_they_lie)
+    assert np.shares_memory(here.z, x)
+    assert np.shares_memory(here.y, y)
+    for rows in (apart, here):
+        np.testing.assert_array_equal(rows.z, (tall[:, :p] - coordinates.mean) * (1 / coordinates.scale))
+        np.testing.assert_array_equal(rows.y, (tall[:, p:] - coordinates.target_mean) * (1 / coordinates.target_scale))
+        assert rows.design.shape == (n, p + intercept)
+        if w is not None:
+            np.testing.assert_array_equal(rows.w, w[:, None] * (1 / coordinates.mean_weight))
 
 
 # --- the objective ---------------------------------------------------------------------------------
@@ -245,12 +251,8 @@ class Problem:
         self.ridge, self.k = ridge, k
         self.b = rng.integers(-9, 10, (2 + intercept, k)).astype(float) / 4
 
-    def rows(self, start: int = 0, stop: int | None = None) -> Array:
+    def rows(self, start: int = 0, stop: int | None = None) -> Prepared:
         return prepared(self.coordinates, self.columns, self.weights)[start:stop]
-
-    @property
-    def measure(self) -> Array:
-        return self.coordinates.measure(self.b)
 
     def cost(self, b: list[list[Fraction]], batch_rows: int) -> list[Fraction]:
         """J_B of each target by its definition in the user's units: what a row is, and what is penalised."""
@@ -279,7 +281,7 @@ problems = st.builds(
 def test_gradient_and_curvature_are_the_exact_differences_of_the_cost(problem: Problem, batch_rows: int):
     """Of a quadratic, central differences are the derivative and second differences the curvature, exactly."""
     objective = Objective(problem.coordinates, batch_rows, problem.ridge)
-    gradient, residuals = objective.gradient(problem.rows(), problem.measure)
+    gradient, residuals = objective.gradient(problem.rows(), problem.b)
     b = fractions_of(problem.b)
     middle = problem.cost(b, batch_rows)
     directions = np.random.default_rng(1).integers(-4, 5, (len(b), problem.k)).astype(float)
@@ -298,17 +300,16 @@ def test_gradient_and_curvature_are_the_exact_differences_of_the_cost(problem: P
             unit = [[Fraction(int((row, column) == (i, j))) for column in range(problem.k)] for row in range(len(b))]
             slope = (at(1, unit)[j] - at(-1, unit)[j]) / 2
             assert gradient[i, j] == pytest.approx(float(slope), rel=1e-13, abs=1e-13 * float(1 + middle[j]))
-    a, y, _ = problem.coordinates.parts(problem.rows())
-    np.testing.assert_array_equal(residuals, y - a @ problem.b)
+    np.testing.assert_array_equal(residuals, problem.rows().y - problem.rows().design @ problem.b)
 
 
 @given(problems, st.integers(1, 6))
 def test_short_batches_weigh_each_row_alike(problem: Problem, cut: int):
     """Gradients of the pieces of a batch, each divided by its nominal size, add up to that of the whole; penalties as well."""
     objective = Objective(problem.coordinates, 7, problem.ridge)
-    whole, _ = objective.gradient(problem.rows(), problem.measure)
-    first, _ = objective.gradient(problem.rows(0, cut), problem.measure)
-    second, _ = objective.gradient(problem.rows(cut), problem.measure)
+    whole, _ = objective.gradient(problem.rows(), problem.b)
+    first, _ = objective.gradient(problem.rows(0, cut), problem.b)
+    second, _ = objective.gradient(problem.rows(cut), problem.b)
     np.testing.assert_allclose(first + second, whole, rtol=1e-12, atol=1e-10)
     bends = [objective.curvature(problem.rows(*part), problem.b) for part in ((0, None), (0, cut), (cut, None))]
     np.testing.assert_allclose(bends[1] + bends[2], bends[0], rtol=1e-12, atol=1e-10)
@@ -324,8 +325,8 @@ def test_where_the_gradient_is_zero_is_the_closed_form_of_ridge_in_the_users_uni
     # lambda W of the closed form, X'WX + lambda W I: ours divides by rows times their mean weight, which is the same
     exact = ExactFit(x, y, problem.weights, fit_intercept=intercept, ridge=Fraction(1, 2))
     b = problem.coordinates.of_user(np.array(exact.coef, dtype=float), np.array(exact.intercept, dtype=float))
-    gradient, _ = Objective(problem.coordinates, 9, 0.5).gradient(problem.rows(), problem.coordinates.measure(b))
-    unpenalised, _ = Objective(problem.coordinates, 9, 0.0).gradient(problem.rows(), problem.coordinates.measure(b))
+    gradient, _ = Objective(problem.coordinates, 9, 0.5).gradient(problem.rows(), b)
+    unpenalised, _ = Objective(problem.coordinates, 9, 0.0).gradient(problem.rows(), b)
     assert np.abs(gradient).max() <= 1e-12 * max(np.abs(unpenalised).max(), 1.0)
     assert np.abs(unpenalised[:2]).max() > 1e-6  # so that the penalty is what makes it zero
     if intercept:
@@ -335,15 +336,14 @@ def test_where_the_gradient_is_zero_is_the_closed_form_of_ridge_in_the_users_uni
 @given(problems)
 def test_several_targets_are_each_as_if_alone(problem: Problem):
     objective = Objective(problem.coordinates, 7, problem.ridge)
-    gradient, residuals = objective.gradient(problem.rows(), problem.measure)
+    gradient, residuals = objective.gradient(problem.rows(), problem.b)
     curvature = objective.curvature(problem.rows(), problem.b)
     c, rows = problem.coordinates, prepared(problem.coordinates, problem.columns, problem.weights)
-    d = c.n_trained
     for j in range(problem.k):
         single = Coordinates(c.mean, c.scale, c.target_mean[[j]], c.target_scale[[j]], c.intercept, c.mean_weight, c.weighted)
         alone = Objective(single, 7, problem.ridge)
-        of_one = np.hstack([rows[:, :d], rows[:, [d + j]], rows[:, d + problem.k :]])
-        own, met = alone.gradient(of_one, single.measure(problem.b[:, [j]]))
+        of_one = replace(rows, y=rows.y[:, [j]])
+        own, met = alone.gradient(of_one, problem.b[:, [j]])
         np.testing.assert_allclose(own[:, 0], gradient[:, j], rtol=1e-12, atol=1e-12)
         np.testing.assert_allclose(met[:, 0], residuals[:, j], rtol=1e-12, atol=1e-12)
         assert alone.curvature(of_one, problem.b[:, [j]])[0] == pytest.approx(curvature[j], rel=1e-12)
@@ -353,11 +353,11 @@ def test_several_targets_are_each_as_if_alone(problem: Problem):
 def test_the_objective_changes_nothing(problem: Problem):
     objective = Objective(problem.coordinates, 7, problem.ridge)
     rows, b = problem.rows(), problem.b.copy()
-    measure, before = problem.coordinates.measure(b), rows.copy()
-    gradient, residuals = objective.gradient(rows, measure)
+    parts = [part for part in (rows.z, rows.y, rows.w) if part is not None]
+    before = [part.copy() for part in parts]
+    gradient, residuals = objective.gradient(rows, b)
     objective.curvature(rows, b)
-    np.testing.assert_array_equal(rows, before)
+    for part, copied in zip(parts, before, strict=True):
+        np.testing.assert_array_equal(part, copied)
     np.testing.assert_array_equal(b, problem.b)
-    np.testing.assert_array_equal(measure, problem.measure)
-    given_arrays = rows, b, measure
-    assert not any(np.shares_memory(result, given_array) for result in (gradient, residuals) for given_array in given_arrays)
+    assert not any(np.shares_memory(result, given_array) for result in (gradient, residuals) for given_array in (*parts, b))

@@ -11,16 +11,18 @@ import pytest
 import strategies  # noqa: F401  # the profile
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 import streamlr
+from streamlr.dataset.blocks import Block
 from streamlr.passes.shuffle import Position, stretches
 from streamlr.passes.windows import Window
 
 ONE_ROW = streamlr.Dataset(np.ones((1, 1)), np.ones(1), weights=np.ones(1))
 
 
-def as_read(x, y, weights, out) -> None:
-    out[:, :1], out[:, 1:2], out[:, 2] = x, y, weights
+def as_read(rows: Block) -> NDArray[np.float64]:
+    return np.column_stack((rows.x, rows.y, rows.weights))
 
 
 class Epoch:
@@ -48,7 +50,7 @@ class Epoch:
 
     def stretches(self, start: Position = Position()) -> list[tuple[list[float], Position]]:  # noqa: B008
         found = []
-        for rows, position in stretches(self.windows(start), as_read, self.height, 3, start, self.seed):
+        for rows, position in stretches(self.windows(start), as_read, self.height, start, self.seed):
             np.testing.assert_array_equal(rows, rows[:, :1] * [1, -1, 0.5])
             found.append((rows[:, 0].tolist(), position))
         return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from strategies import Array, cuts
 
 from streamlr.descent.objective import Objective
-from streamlr.descent.scaling import Coordinates
+from streamlr.descent.scaling import Coordinates, Prepared
 from streamlr.descent.schedules import Constant, Exponential, InverseScaling, Join, Schedule, WarmUp
 from streamlr.descent.steps import SURPRISE, Iterate, Walk, block_rows, shortened
 from streamlr.descent.updates import Adam, Average, Momentum, Nesterov, Plain
@@ -31,7 +32,7 @@ class Course(NamedTuple):
     """A walk and prepared rows to take it over."""
 
     walk: Walk
-    rows: Array
+    rows: Prepared
     a: Array
     y: Array
     w: Array
@@ -65,7 +66,7 @@ def course(
     scale = np.exp(rng.standard_normal(p))
     coordinates = Coordinates(np.zeros(p), scale, np.zeros(k), np.ones(k), intercept, 1.0, weights != "none")
     matrix = {"none": None, "identity": np.eye(d), "any": np.eye(d) + 0.3 * rng.standard_normal((d, d))}[transform]
-    rows = np.hstack([a, y, w] if weights != "none" else [a, y])
+    rows = Prepared(a[:, :p].copy(), y.copy(), w.copy() if weights != "none" else None, intercept)
     return Course(Walk(Objective(coordinates, batch, ridge), matrix, rule, schedule, promised, average), rows, a, y, w)
 
 
@@ -174,8 +175,8 @@ def test_a_capped_step_fits_its_row():
 def test_rows_of_zeros_and_rows_without_weight_move_nothing(settings: dict[str, Any]):
     for promised in (None, 1e9):
         c = course(**{**settings, "weights": "ordinary"}, promised=promised)
-        c.rows[::2, -1] = 0.0
-        c.rows[1::2, : c.a.shape[1]] = 0.0
+        c.rows.w[::2] = 0.0
+        (c.rows.w if c.rows.intercept else c.rows.z)[1::2] = 0.0  # where there is an intercept, no row is zeros
         here, met = taken(c)
         assert not here.b.any()
         assert not here.gradients.any()
@@ -269,13 +270,13 @@ def test_rows_with_more_leverage_than_all_were_promised_shorten_the_transform(ba
     c = course(n=40, batch=batch, k=k, weights=weights, transform="identity", promised=100.0)
     calm, _ = taken(c)
     np.testing.assert_array_equal(calm.transform, np.eye(4))
-    c.rows[20, :3] = 1e4  # |z|^2 is 3e8: of 40 rows, these alone curve the cost 3e8 / 40, not 100
+    c.rows.z[20] = 1e4  # |z|^2 is 3e8: of 40 rows, these alone curve the cost 3e8 / 40, not 100
     here, _ = taken(c)
     assert not same_transform(here.transform, np.eye(4))
     for target in range(k if batch > 1 else 1):
         # along the direction of the heavy row, all that it proves is now what was promised, and across it nothing has changed
-        row = c.rows[20, :4] @ here.transform
-        weight = c.rows[20, -1] if weights != "none" else 1.0
+        row = c.rows.design[20] @ here.transform
+        weight = c.rows.w[20, 0] if weights != "none" else 1.0
         assert weight * row @ row <= SURPRISE * 100.0 * batch * 1.001, target
     across = np.array([1.0, -1.0, 0.0, 0.0])
     if batch == 1:
@@ -290,10 +291,10 @@ def same_transform(one: Array | None, other: Array | None) -> bool:
 def test_without_a_promise_or_without_a_transform_nothing_is_shortened():
     for batch in (1, 4):
         c = course(n=40, batch=batch, transform="identity", schedule=Constant(1e-12))
-        c.rows[20, :3] = 1e4
+        c.rows.z[20] = 1e4
         assert same_transform(taken(c)[0].transform, np.eye(4))
         c = course(n=40, batch=batch, promised=1.0)
-        c.rows[20, :3] = 1e4
+        c.rows.z[20] = 1e4
         assert taken(c)[0].transform is None
 
 
@@ -324,11 +325,11 @@ def within(seconds: float, function: Any) -> Any:
 def test_no_number_hangs_it_or_raises(batch: int, transform: str, promised: float | None, value: float, where: str):
     c = course(n=40, batch=batch, k=2, transform=transform, promised=promised, schedule=Constant(0.1))
     if where == "a row":
-        c.rows[20, :4] = value
+        c.rows.z[20] = value
     elif where == "a target":
-        c.rows[20, 4] = value
+        c.rows.y[20, 0] = value
     else:
-        c.rows[:] = value
+        c.rows.z[:], c.rows.y[:] = value, value
     here, met = within(20, lambda: taken(c))
     assert here.step == -(-40 // batch)
     assert met.shape == (40, 2)
@@ -351,7 +352,7 @@ def test_a_target_that_diverges_leaves_the_others_alone():
     for batch in (1, 8):
         c = course(n=40, batch=batch, k=2, promised=1e9)
         expected, _ = taken(c)
-        c.rows[3, 4] = np.inf
+        c.rows.y[3, 0] = np.inf
         here, _ = within(20, lambda c=c: taken(c))
         np.testing.assert_allclose(here.b[:, 1], expected.b[:, 1], rtol=1e-9)
 
@@ -363,13 +364,13 @@ def test_a_target_that_diverges_leaves_the_others_alone():
 def test_several_targets_are_each_as_if_alone(settings: dict[str, Any], batch: int, rule: Any):
     c = course(**settings, batch=batch, rule=rule, promised=1e9)
     together, met = taken(c)
-    d, k, coordinates = c.a.shape[1], c.y.shape[1], c.walk.objective.coordinates
+    k, coordinates = c.y.shape[1], c.walk.objective.coordinates
     for j in range(k):
         single = Coordinates(
             coordinates.mean, coordinates.scale, np.zeros(1), np.ones(1), coordinates.intercept, 1.0, coordinates.weighted
         )
         walk = Walk(Objective(single, batch, 0.0), c.walk.transform, rule, c.walk.schedule, 1e9, c.walk.average)
-        alone, residuals = walk.over(np.hstack([c.rows[:, :d], c.rows[:, [d + j]], c.rows[:, d + k :]]), walk.start())
+        alone, residuals = walk.over(replace(c.rows, y=c.rows.y[:, [j]]), walk.start())
         np.testing.assert_allclose(alone.b[:, 0], together.b[:, j], rtol=1e-8, atol=1e-9)
         np.testing.assert_allclose(alone.average.b[:, 0], together.average.b[:, j], rtol=1e-8, atol=1e-9)
         np.testing.assert_allclose(residuals[:, 0], met[:, j], rtol=1e-8, atol=1e-8)
@@ -379,13 +380,14 @@ def test_several_targets_are_each_as_if_alone(settings: dict[str, Any], batch: i
 def test_nothing_given_is_changed_or_given_back(settings: dict[str, Any], batch: int, rule: Any, promised: float | None):
     c = course(**settings, batch=batch, rule=rule, promised=promised)
     here, _ = taken(c)
-    before, rows = bits(here), c.rows.copy()
+    parts = [part for part in (c.rows.z, c.rows.y, c.rows.w) if part is not None]
+    before, rows = bits(here), [part.copy() for part in parts]
     following, met = c.walk.over(c.rows, here)
     assert bits(here) == before
-    np.testing.assert_array_equal(c.rows, rows)
-    assert not np.shares_memory(met, c.rows)
+    assert all((part == copied).all() for part, copied in zip(parts, rows, strict=True))
+    assert not any(np.shares_memory(met, part) for part in parts)
     moved = [following.b, following.gradients, following.average.b if c.walk.average else following.b]
-    held = [here.b, here.gradients, here.average.b, c.rows, met]
+    held = [here.b, here.gradients, here.average.b, *parts, met]
     assert not any(np.shares_memory(one, other) for one in moved for other in held)
 
 

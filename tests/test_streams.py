@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import streamlr
 from streamlr import Descent
+from streamlr.dataset.blocks import Block
 from streamlr.descent.mixing import mixed
 from streamlr.descent.seen import Seen
 from streamlr.descent.steps import Iterate
@@ -137,14 +138,14 @@ def list_of_rows(stretches: Any) -> Array:
     return np.concatenate([rows.copy() for rows in stretches])
 
 
-def as_read(x: Array, y: Array, weights: Array | None, out: Array) -> None:
-    out[:, :-1], out[:, -1:] = x, y
+def as_read(rows: Block) -> Array:
+    return np.hstack((rows.x, rows.y))
 
 
 def streams_of(dataset: streamlr.Dataset) -> Any:
     from streamlr.passes.streams import ParallelStreams
 
-    settings: dict[str, Any] = {"width": P + 1, "tasks_at_once": 1, "task": "t", "progress": None}
+    settings: dict[str, Any] = {"tasks_at_once": 1, "task": "t", "progress": None}
     return ParallelStreams(dataset, order.Order(16, 0, streams=4), as_read, **settings)
 
 

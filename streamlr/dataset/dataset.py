@@ -152,6 +152,11 @@ class Dataset:
         return tile_rows(self.n_features + self.n_targets)
 
     @property
+    def n_columns(self) -> int:
+        """Columns that are read: features, targets and weights."""
+        return sum(rows.n_columns for rows in self.arrays)
+
+    @property
     def row_bytes(self) -> int:
         """Bytes to decode for one row."""
         return sum(rows.row_bytes for rows in self.arrays)

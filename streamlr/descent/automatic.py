@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from streamlr.dataset.blocks import Block
 from streamlr.descent.objective import Objective
 from streamlr.descent.options import Descent
-from streamlr.descent.scaling import Coordinates, plain_coordinates, standard_coordinates
+from streamlr.descent.scaling import Coordinates, Prepared, plain_coordinates, standard_coordinates
 from streamlr.descent.schedules import Constant, Steps, as_schedule
 from streamlr.descent.steps import Walk
 from streamlr.descent.updates import Adam
@@ -128,10 +129,10 @@ def walk_of(
     m = objective.batch_rows
     steps = -(-kept // (m * options.streams)) * (options.max_epochs or 1)
     always = options.scale == "whiten" or steps < FEW_STEPS
-    rows = np.empty((len(columns), coordinates.width))
+    rows = coordinates.prepared(Block(0, len(sample), columns[:, :n_features], columns[:, n_features:], weights))
     with np.errstate(all="ignore"):  # what leaves the range of float64 is found
-        coordinates.prepare(columns[:, :n_features], columns[:, n_features:], weights, rows)
-        _check_finite(rows)
+        for numbers in (rows.z, rows.y) if rows.w is None else (rows.z, rows.y, rows.w):
+            _check_finite(numbers)
         transform = whitening(coordinates, rows, kept, ridge, always=always) if considered else None
     average, rule = bool(options.average), options.rule
     if options.learning_rate != "auto":
@@ -149,7 +150,7 @@ def walk_of(
     return Walk(objective, transform, rule, Automatic(rate / rule.gain, hold, 1 / rule.gain), kept * most, average)
 
 
-def whitening(coordinates: Coordinates, rows: Array, n_rows: int, ridge: float, *, always: bool) -> Array | None:
+def whitening(coordinates: Coordinates, rows: Prepared, n_rows: int, ridge: float, *, always: bool) -> Array | None:
     r"""Return T (d, d) in which the penalised cost of a sample curves alike in all directions of the features.
 
     .. math:: T'(\tfrac1m Z'WZ + \lambda D^{-2})T = I
@@ -159,8 +160,7 @@ def whitening(coordinates: Coordinates, rows: Array, n_rows: int, ridge: float, 
     `always` is asked for.
     """
     p = coordinates.n_features
-    a, _, w = coordinates.parts(rows)
-    z = a[:, :p] if w is None else a[:, :p] * np.sqrt(w)
+    z = rows.z if rows.w is None else rows.z * np.sqrt(rows.w)
     gram = z.T @ z / max(len(z), 1) + np.diag(stiffness(coordinates, ridge)[:p])
     _check_finite(gram)
     values, vectors = np.linalg.eigh(gram)
@@ -172,15 +172,14 @@ def whitening(coordinates: Coordinates, rows: Array, n_rows: int, ridge: float, 
     return transform
 
 
-def curvature(coordinates: Coordinates, rows: Array, transform: Array | None, ridge: float) -> tuple[float, float]:
+def curvature(coordinates: Coordinates, rows: Prepared, transform: Array | None, ridge: float) -> tuple[float, float]:
     """Return how the penalised cost of a sample of Z = AT curves: half its Hessian's largest eigenvalue, and what one row adds.
 
     The second is the mean of w |z|^2, weighted by w |z|^2, and the penalty. Without T the penalty's part in the first is a bound,
     at most twice too large.
     """
-    a, _, w = coordinates.parts(rows)
-    z = a if transform is None else a @ transform
-    z = z if w is None else z * np.sqrt(w)
+    z = rows.design if transform is None else rows.times(transform)
+    z = z if rows.w is None else z * np.sqrt(rows.w)
     squares, penalty = np.einsum("ij,ij->i", z, z), stiffness(coordinates, ridge)
     gram = z.T @ z if transform is not None or len(z) >= z.shape[1] else z @ z.T
     gram = gram / max(len(z), 1)

@@ -100,17 +100,15 @@ class SumsOf:
 
     def of(self, block: Block) -> Sums:
         """Return the sums over the rows of `block`."""
-        rows = np.empty((len(block.x), self.coordinates.width))
         with np.errstate(all="ignore"):  # what leaves the range of float64 is found in the sum
-            self.coordinates.prepare(block.x, block.y, block.weights, rows)
-            a, y, w = self.coordinates.parts(rows)
-            residuals = y - a.dot(self.b)
-            weighted = residuals if w is None else w * residuals
-            products, squares = a.T.dot(weighted), float((weighted * residuals).sum())
+            rows = self.coordinates.prepared(block)
+            residuals = rows.y - rows.times(self.b)
+            weighted = residuals if rows.w is None else rows.w * residuals
+            products, squares = rows.transposed_times(weighted), float((weighted * residuals).sum())
         if not np.isfinite(squares):
             block.confirm()
             return Sums(products, squares, 0.0, self._residuals.empty())
-        return Sums(products, squares, float(len(rows) if w is None else w.sum()), self._residuals.of(block))
+        return Sums(products, squares, float(len(rows) if rows.w is None else rows.w.sum()), self._residuals.of(block))
 
     @property
     def _residuals(self) -> ResidualsOf:

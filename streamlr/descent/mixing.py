@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamlr.descent.loop import GROWN, Loop, State
+from streamlr.descent.scaling import Prepared
 from streamlr.descent.seen import Seen
 from streamlr.descent.sequential import stepped
 from streamlr.descent.steps import Iterate, Walk
@@ -35,7 +36,7 @@ class Stream:
     walk: Walk
     start: Iterate
 
-    def __call__(self, stretches: Iterator[Array]) -> Met:
+    def __call__(self, stretches: Iterator[Prepared]) -> Met:
         """Take the steps of prepared rows, and return where they lead and what they met."""
         here = self.start._replace(average=Average(self.start.b, 0.0))
         seen = Seen.nothing(here.b.shape[1])
@@ -54,7 +55,7 @@ class MixedLoop(Loop):
         (number, use) -> what `use` made of the rows of each stream of that epoch, in the order of the streams.
     """
 
-    streams: Callable[[int, Callable[[Iterator[Array]], Met]], Sequence[Met]]
+    streams: Callable[[int, Callable[[Iterator[Prepared]], Met]], Sequence[Met]]
 
     def _through_epoch(self, state: State) -> Generator[State, None, None]:
         """Yield the state of the ended epoch: within it, there is none to go on from."""

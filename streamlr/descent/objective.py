@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from streamlr.descent.scaling import Coordinates
+from streamlr.descent.scaling import Coordinates, Prepared
 
 Array = NDArray[np.float64]
 
@@ -35,55 +35,42 @@ class Objective:
     batch_rows: int
     ridge: float
 
-    def gradient(self, rows: Array, measure: Array) -> tuple[Array, Array]:
+    def gradient(self, rows: Prepared, b: Array) -> tuple[Array, Array]:
         r"""Return the gradient (d, k), and the residuals y - a'b (m', k) met on the way.
 
         .. math:: \nabla J_B = \frac2m A'W(Ab - y) + 2 \lambda D^{-2} b
 
         Parameters
         ----------
-        rows : (m', width) float64
-            Prepared rows; m' is m, or fewer in a last batch.
-        measure : (width, k) float64
-            What `Coordinates.measure` makes of the coefficients b.
+        rows : Prepared
+            m' rows; m, or fewer in a last batch.
+        b : (d, k) float64
+            Coefficients.
         """
-        d, w = self.coordinates.n_trained, self._weights(rows)
-        if measure.shape[1] == 1:  # whole rows are neighbours in memory, which is twice as fast
-            residuals = rows.dot(measure)
-        else:  # but a target that is infinite must not reach another
-            a, y, _ = self.coordinates.parts(rows)
-            residuals = y + a @ measure[:d]
-        gradient = rows.T.dot(residuals if w is None else w * residuals)[:d]
+        residuals = rows.times(b)
+        np.subtract(rows.y, residuals, out=residuals)
+        gradient = rows.transposed_times(residuals if rows.w is None else rows.w * residuals)
         gradient *= -2 / self.batch_rows
         if self.ridge:
-            gradient -= self._penalty(len(rows), measure[:d])
+            gradient += self._penalty(len(rows), b)
         return gradient, residuals
 
-    def curvature(self, rows: Array, direction: Array) -> Array:
+    def curvature(self, rows: Prepared, direction: Array) -> Array:
         r"""Return, for each target, the curvature (k,) of the batch along a direction.
 
         .. math:: \kappa = v' \nabla^2 J_B v
 
         Parameters
         ----------
-        rows : (m', width) float64
-            Prepared rows.
+        rows : Prepared
+            A batch.
         direction : (d, k) float64
             v.
         """
-        if direction.shape[1] == 1:  # as for residuals: a target that is infinite spoils those too
-            whole = np.zeros((rows.shape[1], 1))
-            whole[: len(direction)] = direction
-            ahead = rows.dot(whole)
-        else:
-            ahead = rows[:, : len(direction)] @ direction
-        kappa = column_squares(ahead, self._weights(rows)) * (2 / self.batch_rows)
+        kappa = column_squares(rows.times(direction), rows.w) * (2 / self.batch_rows)
         if self.ridge:
             kappa += np.einsum("ij,ij->j", direction, self._penalty(len(rows), direction))
         return kappa
-
-    def _weights(self, rows: Array) -> Array | None:
-        return rows[:, -1:] if self.coordinates.weighted else None
 
     def _penalty(self, n_rows: int, b: Array) -> Array:
         return self.coordinates.penalty(b, self.ridge) * (n_rows / self.batch_rows)

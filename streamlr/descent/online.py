@@ -13,6 +13,7 @@ from streamlr.aggregates.moments import MomentsOf
 from streamlr.dataset.blocks import Block
 from streamlr.descent.automatic import HOLD, SAMPLE_ROWS, Automatic, sample_rows, walk_of
 from streamlr.descent.loop import RUINED, diverged, grown, restarts
+from streamlr.descent.objective import column_squares
 from streamlr.descent.options import Descent
 from streamlr.descent.scaling import Coordinates
 from streamlr.descent.schedules import InverseScaling
@@ -158,7 +159,7 @@ class Online:
         """Return how many of the next rows are learned from together: whole batches, to where something else is due."""
         size = self.batch_rows
         left = WINDOW_ROWS - state.seen.moments.n
-        width = self.n_features + self.fit_intercept + self.n_targets + 1
+        width = self.n_features + self.n_targets + 1
         heights = [available, -(-left // size) * size, max(STRETCH_BYTES // (8 * width * size), 1) * size]
         if due := self._due(state):
             heights.append((due - 1 - state.rows) // size * size or size)
@@ -180,19 +181,17 @@ class Online:
         assert walk is not None
         assert before is not None
         coordinates, q = walk.objective.coordinates, self.n_features + self.n_targets
-        prepared = np.empty((len(rows), coordinates.width))
+        block = Block(0, len(rows), rows[:, : self.n_features], rows[:, self.n_features : q], rows[:, q])
+        prepared = coordinates.prepared(block)
         with np.errstate(all="ignore"):  # what leaves the range of float64 is found below
-            coordinates.prepare(rows[:, : self.n_features], rows[:, self.n_features : q], rows[:, q], prepared)
             # the rate falls with rows, so that calls with less than a batch, which count for as much less, make it fall no sooner
             here, residuals = walk.over(prepared, before._replace(step=state.first_step + state.rows // self.batch_rows))
-            behind, w = prepared[:, coordinates.n_trained : -1], prepared[:, -1]
-            squares = state.squares + np.array([(w @ residuals**2).sum(), (w @ behind**2).sum()])
+            squares = state.squares + [column_squares(values, prepared.w).sum() for values in (residuals, prepared.y)]
         finite = np.isfinite(squares).all() and np.isfinite(here.b).all()
         growth = np.inf if self.options.learning_rate == "auto" else RUINED
         if what := grown(squares[0] if finite else np.inf, squares[1], growth):
             raise diverged(walk, here.step, before.b, state.history, what)
-        block = Block(0, len(rows), residuals * coordinates.target_scale, rows[:, self.n_features : q], rows[:, q])
-        seen = residual_sums(block, self._names)
+        seen = residual_sums(replace(block, x=residuals * coordinates.target_scale), self._names)
         return state._replace(here=here, rows=total, seen=state.seen + seen, squares=squares)
 
     def _moved(self, state: Standing, origin: tuple[Array, Array] | None, steps: int) -> Standing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import fsum
 
@@ -9,12 +10,61 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamlr.aggregates.centred import CONSTANT
+from streamlr.dataset.blocks import Block
 from streamlr.errors import NumericalError
 
 Array = NDArray[np.float64]
-Batch = tuple[Array, Array, Array | None]  # design (m, d), targets (m, k) and weights (m, 1), if any, of prepared rows
 SMALLEST = float(np.finfo(np.float64).tiny)
-LONG = 4096  # numbers: where NumPy walks along fewer at a time, it is slow
+LONG = 4096
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prepared:
+    """Rows in the coordinates of a descent; the column of ones of their design A is nowhere but in its products.
+
+    Attributes
+    ----------
+    z : (m, p) float64
+        Features.
+    y : (m, k) float64
+        Targets.
+    w : (m, 1) float64 or None
+        Weights.
+    intercept : bool
+        Whether A is [z 1], of d columns, or z.
+    doubt : callable or None
+        As that of a `Block`: raises if what they were made of is NaN or infinite, where nobody has looked yet.
+    """
+
+    z: Array
+    y: Array
+    w: Array | None
+    intercept: bool
+    doubt: Callable[[], object] | None = None
+
+    def __len__(self) -> int:
+        return len(self.z)
+
+    def __getitem__(self, part: slice) -> Prepared:
+        return Prepared(self.z[part], self.y[part], None if self.w is None else self.w[part], self.intercept, self.doubt)
+
+    @property
+    def design(self) -> Array:
+        """A, (m, d), in memory of its own where there is a column of ones."""
+        return np.hstack((self.z, np.ones((len(self.z), 1)))) if self.intercept else self.z
+
+    def times(self, b: Array) -> Array:
+        """Return A b, (m, k), of coefficients (d, k)."""
+        p = self.z.shape[1]
+        product: Array = self.z.dot(b[:p])
+        if self.intercept:
+            product += b[p]
+        return product
+
+    def transposed_times(self, r: Array) -> Array:
+        """Return A' r, (d, k), of residuals (m, k)."""
+        product: Array = self.z.T.dot(r)
+        return np.concatenate((product, r.sum(axis=0, keepdims=True))) if self.intercept else product
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,45 +113,23 @@ class Coordinates:
         """Number of targets, k."""
         return len(self.target_mean)
 
-    @property
-    def width(self) -> int:
-        """Numbers of a prepared row: d columns, k targets and perhaps a weight."""
-        return self.n_trained + self.n_targets + self.weighted
+    def prepare(self, rows: Block) -> Prepared:
+        """Return rows, all of them, in these coordinates, where they lie: their memory is written to."""
+        return self._prepared(rows, rows)
 
-    def prepare(self, x: Array, y: Array, weights: Array | None, out: Array) -> None:
-        """Write rows x (m, p) and y (m, k), with their weights (m,) or None, as [z 1 y' w] into `out` (m, width), in C order.
+    def prepared(self, rows: Block) -> Prepared:
+        """Return rows in these coordinates, in memory of their own."""
+        weights = None if rows.weights is None else np.empty_like(rows.weights)
+        return self._prepared(rows, Block(rows.start, rows.stop, np.empty(rows.x.shape), np.empty(rows.y.shape), weights))
 
-        All are float64, and the numbers of a row of x neighbours in memory.
-        """
-        p, d, k = self.n_features, self.n_trained, self.n_targets
-        _copy_rows(x, out[:, :p])
-        out[:, p:d], out[:, d : d + k] = 1.0, y
-        if weights is not None:
-            out[:, d + k] = weights
-        shift, unit = np.zeros(self.width), np.ones(self.width)
-        shift[:p], shift[d : d + k] = self.mean, self.target_mean
-        unit[:p], unit[d : d + k], unit[d + k :] = self.scale, self.target_scale, self.mean_weight
-        share = 1 / unit  # a product takes a third of the time of a division
-        together = max(LONG // self.width, 1)  # rows as one long one
-        together = min(1 << (together.bit_length() - 1), max(len(out), 1))  # of which whole pieces, powers of two, leave no rest
-        whole = len(out) - len(out) % together
-        for rows, times in (out[:whole].reshape(-1, together * self.width), together), (out[whole:], 1):
-            if len(rows):
-                rows -= np.tile(shift, times)
-                rows *= np.tile(share, times)
-
-    def parts(self, rows: Array) -> Batch:
-        """Return design (m, d), targets (m, k) and weights (m, 1) or None of prepared rows: views."""
-        d, k = self.n_trained, self.n_targets
-        return rows[:, :d], rows[:, d : d + k], rows[:, d + k :] if self.weighted else None
-
-    def measure(self, b: Array) -> Array:
-        """Return the matrix M = [-b 1 0], (width, k), by which prepared rows are turned into their residuals: R M = y - A b."""
-        d, k = b.shape
-        matrix = np.zeros((self.width, k))
-        matrix[:d] = -b
-        np.fill_diagonal(matrix[d:], 1.0)
-        return matrix
+    def _prepared(self, rows: Block, out: Block) -> Prepared:
+        w = None
+        with np.errstate(all="ignore"):  # what leaves the range of float64 shows in what is made of it
+            _standardise(rows.x, self.mean, self.scale, out.x)
+            _standardise(rows.y, self.target_mean, self.target_scale, out.y)
+            if rows.weights is not None and out.weights is not None:
+                w = np.multiply(rows.weights, 1 / self.mean_weight, out=out.weights)[:, None]
+        return Prepared(out.x, out.y, w, self.intercept, rows.doubt)
 
     def start(self) -> Array:
         """Return coefficients (d, k) of zero: each target's mean for every row, where there is an intercept."""
@@ -189,10 +217,21 @@ def plain_coordinates(weights: Array | None, n_features: int, n_targets: int, *,
     return Coordinates(zero, one, zeros, ones, intercept, _mean_weight(weights), weights is not None, "none")
 
 
-def _copy_rows(rows: Array, out: Array) -> None:
-    """Copy rows whose numbers lie side by side, each as one item: NumPy is slow where it has few numbers to walk along."""
-    item = np.dtype((np.void, out.itemsize * out.shape[1]))
-    out.view(item)[:] = rows.view(item)
+def _standardise(rows: Array, mean: Array, scale: Array, out: Array) -> None:
+    """Write rows less their mean, in units of their scale: many as one long row, along which NumPy is quick."""
+    if not rows.flags.c_contiguous:
+        out[:] = rows
+        rows = out
+    share = 1 / scale  # a product takes a third of the time of a division
+    together = max(LONG // max(len(mean), 1), 1)
+    together = min(1 << (together.bit_length() - 1), max(len(out), 1))  # of which whole pieces, powers of two, leave no rest
+    whole = len(out) - len(out) % together
+    for part, times in (slice(whole), together), (slice(whole, None), 1):
+        if len(rows[part]):
+            shape = -1, times * len(mean)
+            long = out[part].reshape(shape)
+            np.subtract(rows[part].reshape(shape), np.tile(mean, times), out=long)
+            long *= np.tile(share, times)
 
 
 def _mean_weight(weights: Array | None) -> float:

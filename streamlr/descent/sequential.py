@@ -7,15 +7,14 @@ from dataclasses import dataclass
 from time import monotonic
 
 import numpy as np
-from numpy.typing import NDArray
 
 from streamlr.descent.loop import GROWN, RUINED, Loop, State
+from streamlr.descent.scaling import Prepared
 from streamlr.descent.seen import Seen
 from streamlr.descent.steps import Iterate, Walk
 from streamlr.descent.stopping import spent
 
-Array = NDArray[np.float64]
-Epoch = Callable[[int, tuple[int, ...]], Iterator[tuple[Array, tuple[int, ...]]]]
+Epoch = Callable[[int, tuple[int, ...]], Iterator[tuple[Prepared, tuple[int, ...]]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +52,7 @@ class SequentialLoop(Loop):
         self._check(state, GROWN)
         yield self._ended(state)
 
-    def _parts(self, stretch: Array, rows: int) -> Iterator[tuple[Array, bool]]:
+    def _parts(self, stretch: Prepared, rows: int) -> Iterator[tuple[Prepared, bool]]:
         """Cut rows, which come after so many others, behind the batches that a record is due after; say where it is."""
         every, size, first = self.options.log_every, self.walk.objective.batch_rows, 0
         while every is not None and first < len(stretch):
@@ -67,9 +66,11 @@ class SequentialLoop(Loop):
             yield stretch[first:], False
 
 
-def stepped(walk: Walk, rows: Array, here: Iterate, seen: Seen) -> tuple[Iterate, Seen]:
+def stepped(walk: Walk, rows: Prepared, here: Iterate, seen: Seen) -> tuple[Iterate, Seen]:
     """Take the steps of some prepared rows, and note what they meet; what leaves the range of float64 shows in both."""
     with np.errstate(all="ignore"):
         after, residuals = walk.over(rows, here)
-        _, targets, weights = walk.objective.coordinates.parts(rows)
-        return after, seen.of(residuals, targets, weights, after.step - here.step)
+        seen = seen.of(residuals, rows.y, rows.w, after.step - here.step)
+    if rows.doubt is not None and not (np.isfinite(seen.sums).all() and np.isfinite(after.b).all()):
+        rows.doubt()  # the rows may be to blame, which is an error of another kind
+    return after, seen

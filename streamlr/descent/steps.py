@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamlr.descent.objective import Objective, column_squares
-from streamlr.descent.scaling import SMALLEST
+from streamlr.descent.scaling import SMALLEST, Prepared
 from streamlr.descent.schedules import Schedule
 from streamlr.descent.updates import Average, Plain, Update
 
@@ -94,13 +94,13 @@ class Walk:
         b = coordinates.start() if self.origin is None else coordinates.of_user(*self.origin)
         return Iterate(b, self.transform, self.rule.init(b), Average(b, 0.0), np.zeros_like(b), 0)
 
-    def over(self, rows: Array, here: Iterate) -> tuple[Iterate, Array]:
+    def over(self, rows: Prepared, here: Iterate) -> tuple[Iterate, Array]:
         """Take the steps of some prepared rows.
 
         Parameters
         ----------
-        rows : (m, width) float64
-            Whole batches, but perhaps for the last.
+        rows : Prepared
+            m of them: whole batches, but perhaps for the last.
         here : Iterate
             Where to start from; not changed.
 
@@ -115,29 +115,27 @@ class Walk:
             return self._over_single_rows(rows, here)
         return self._over_batches(rows, here)
 
-    def _over_batches(self, rows: Array, here: Iterate) -> tuple[Iterate, Array]:
+    def _over_batches(self, rows: Prepared, here: Iterate) -> tuple[Iterate, Array]:
         objective, size, gain = self.objective, self.objective.batch_rows, self.rule.gain
         b, transform, memory, average, gradients, step = here
-        gradients = gradients.copy()
-        measure = objective.coordinates.measure(b)
-        minus_b, met = measure[: len(b)], np.empty((len(rows), b.shape[1]))
+        b, gradients, met = b.copy(), gradients.copy(), np.empty((len(rows), b.shape[1]))
         starts = range(0, len(rows), size)
         for start, alpha in zip(starts, self.schedule(np.arange(step, step + len(starts))), strict=True):
             batch = rows[start : start + size]
-            gradient, met[start : start + size] = objective.gradient(batch, measure)
+            gradient, met[start : start + size] = objective.gradient(batch, b)
             reduced, rate = gradient if transform is None else transform.T.dot(gradient), alpha
             if self.promised is not None:
                 transform, reduced, best = self._best_rate(batch, gradient, reduced, transform)
                 rate = np.minimum(alpha, best / gain)
             move, memory = self.rule.update(reduced, memory, rate)
-            minus_b -= move if transform is None else transform.dot(move)
+            b += move if transform is None else transform.dot(move)
             gradients += reduced
             if self.average:
-                average = average.of(-minus_b, len(batch))
-        return Iterate(-minus_b, transform, memory, average, gradients, step + len(starts)), met
+                average = average.of(b, len(batch))
+        return Iterate(b, transform, memory, average, gradients, step + len(starts)), met
 
     def _best_rate(
-        self, rows: Array, gradient: Array, reduced: Array, transform: Array | None
+        self, rows: Prepared, gradient: Array, reduced: Array, transform: Array | None
     ) -> tuple[Array | None, Array, Array]:
         r"""Return T, shortened if need be, g, and for each target the rate (k,) that goes down to the least cost of the batch.
 
@@ -160,7 +158,7 @@ class Walk:
             reduced = transform.T.dot(gradient)
         return transform, reduced, square / np.maximum(kappa, SMALLEST)  # of a gradient of zero, 0: it leads nowhere
 
-    def _over_single_rows(self, rows: Array, here: Iterate) -> tuple[Iterate, Array]:
+    def _over_single_rows(self, rows: Prepared, here: Iterate) -> tuple[Iterate, Array]:
         r"""Take plain steps of one row each, many at a time.
 
         Within a block of rows Z = AT with steps s_i = 2 alpha_i w_i, the residuals r that the steps meet satisfy
@@ -173,12 +171,12 @@ class Walk:
         from scipy.linalg.blas import dtrsm  # here, since it brings a second BLAS with it
 
         b, transform, _, average, gradients, step = here
-        a, y, w = self.objective.coordinates.parts(rows)
-        (m, d), k, height = a.shape, b.shape[1], block_rows(a.shape[1])
+        m, (d, k), w = len(rows), b.shape, rows.w
+        height = block_rows(d)
         filled = m + -m % height
         z, met = np.empty((filled, d)), np.empty((filled, k))
-        transform = self._reduce_rows(a, w, transform, z[:m])
-        np.subtract(y, a.dot(b), out=met[:m])
+        transform = self._reduce_rows(rows, transform, z[:m])
+        np.subtract(rows.y, rows.times(b), out=met[:m])
         z[m:], met[m:] = 0.0, 0.0
         sizes = np.zeros((filled, 1))
         sizes[:m, 0] = 2 * self.schedule(np.arange(step, step + m))
@@ -204,30 +202,30 @@ class Walk:
         b = b + (theta if transform is None else transform @ theta)
         return Iterate(b, transform, here.memory, average, gradients, step + m), met
 
-    def _reduce_rows(self, a: Array, w: Array | None, transform: Array | None, out: Array) -> Array | None:
+    def _reduce_rows(self, rows: Prepared, transform: Array | None, out: Array) -> Array | None:
         """Write AT into `out`, and return T, shortened where a row alone curves the cost more than the sample promised of all."""
         if transform is None:
-            out[:] = a
+            out[:] = rows.design
             return None
-        np.matmul(a, transform, out=out)
+        out[:] = rows.times(transform)
         if self.promised is None:
             return transform
-        squares = np.einsum("ij,ij->i", out, out) * (1.0 if w is None else w[:, 0])
+        squares = np.einsum("ij,ij->i", out, out) * (1.0 if rows.w is None else rows.w[:, 0])
         surprising = np.flatnonzero((squares > SURPRISE * self.promised) & (squares < np.inf))
         for i in surprising:
-            row = a[i] @ transform
+            row = rows[i : i + 1].times(transform)[0]
             square = float(row @ row)
-            proven = square * (1.0 if w is None else float(w[i, 0]))
+            proven = square * (1.0 if rows.w is None else float(rows.w[i, 0]))
             if proven > SURPRISE * self.promised:
                 transform = shortened(transform, row / np.sqrt(square), self.promised / proven)
         if len(surprising):
-            np.matmul(a, transform, out=out)
+            out[:] = rows.times(transform)
         return transform
 
 
 def working_bytes(rows: int, width: int, batch_rows: int) -> int:
     """Return what the steps of so many rows need beside them: of single rows, Z, its multiples and the triangular systems."""
-    return 8 * rows * (3 * width + 2 * block_rows(width)) if batch_rows == 1 else 8 * rows * 4
+    return 8 * rows * (4 * width + 2 * block_rows(width)) if batch_rows == 1 else 8 * rows * 4
 
 
 def block_rows(width: int) -> int:

@@ -47,9 +47,9 @@ class Order:
     buffer_rows: int | None = None
     streams: int = 1
 
-    def stretch_rows(self, width: int) -> int:
+    def stretch_rows(self, dataset: Dataset) -> int:
         """Rows that are handed out together: whole batches, about a cache full."""
-        return self.batch_rows * max(STRETCH_BYTES // (8 * width * self.batch_rows), 1)
+        return self.batch_rows * max(STRETCH_BYTES // (8 * dataset.n_columns * self.batch_rows), 1)
 
     @property
     def run(self) -> int:
@@ -76,10 +76,10 @@ class Order:
         return Picked(units, np.random.default_rng((self.seed, epoch)).permutation(len(units)))
 
     def stretches(
-        self, windows: Iterator[Window], prepare: Prepare, width: int, place: tuple[int, ...], start: Position = START
+        self, dataset: Dataset, windows: Iterator[Window], prepare: Prepare, place: tuple[int, ...], start: Position = START
     ) -> Iterator[Stretch]:
         """Cut the windows of an epoch, and perhaps of one of its streams, which is their `place`, into stretches, in this order."""
-        return stretches(windows, prepare, self.stretch_rows(width), width, start, (self.seed, *place) if self.shuffle else None)
+        return stretches(windows, prepare, self.stretch_rows(dataset), start, (self.seed, *place) if self.shuffle else None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
+from streamlr.dataset.blocks import Block
 from streamlr.dataset.checked import surely_finite
 from streamlr.passes.windows import Window
 
-Array = NDArray[np.float64]
-Prepare = Callable[[Array, Array, Array | None, Array], None]
+Prepare = Callable[[Block], Any]
 
 
 class Position(NamedTuple):
@@ -34,13 +32,13 @@ class Position(NamedTuple):
 
 
 START = Position()
-Stretch = tuple[Array, Position]
+Stretch = tuple[Any, Position]
 
 
 def stretches(
-    windows: Iterator[Window], prepare: Prepare, height: int, width: int, start: Position, seed: tuple[int, ...] | None
+    windows: Iterator[Window], prepare: Prepare, height: int, start: Position, seed: tuple[int, ...] | None
 ) -> Iterator[Stretch]:
-    """Prepare the rows of windows, and cut them into stretches of `height`, the last perhaps shorter.
+    """Take the rows of windows in stretches of `height`, the last perhaps shorter, and prepare them.
 
     Rows are prepared when they are handed out: until then they lie as they were decoded, and afterwards they are in the cache.
 
@@ -49,9 +47,9 @@ def stretches(
     windows : iterator of Window
         Filled windows, from that of `start` on; each is used until the next one is asked for.
     prepare : callable
-        Writes rows x (m, p) and y (m, k), with their weights (m,) or None, into `out` (m, width).
-    height, width : int
-        Rows of a stretch, numbers of a prepared row.
+        Makes of a block of rows, which are nobody else's and perhaps to be confirmed, what is handed out.
+    height : int
+        Rows of a stretch.
     start : Position
         Where to go on.
     seed : tuple of int or None
@@ -59,7 +57,7 @@ def stretches(
 
     Yields
     ------
-    rows : (height, width) float64
+    rows : what `prepare` makes of them
         Valid until the next are asked for.
     position : Position
         The place behind them.
@@ -69,26 +67,23 @@ def stretches(
     NonFiniteValue
         A number is NaN or infinite, and nobody has looked for that before.
     """
-    out, filled, position, drawn = np.empty((height, width)), 0, start, None
+    filled, position, stretch = 0, start, None
     for window in windows:
         before, at = position.before, position.rows - position.before
+        stretch = stretch or window.room_for(height)
         if seed is not None:
             window.shuffle(seed)
-            drawn = drawn or window.drawer(height)
         while at < len(window):
             count = min(len(window) - at, height - filled)
-            for part in window.rows(at, count, drawn):
-                rows = out[filled : filled + len(part.x)]
-                with np.errstate(all="ignore"):  # what leaves the range of float64 shows in the descent
-                    prepare(part.x, part.y, part.weights, rows)
-                if not surely_finite(rows):
-                    window.confirm()
-                filled += len(rows)
-            at += count
+            rows = stretch.part(filled, filled + count)
+            window.copy(at, rows)
+            at, filled = at + count, filled + count
             over = at == len(window)
             position = Position(before + at, window.number + over, before + at if over else before)
             if filled == height:
                 filled = 0
-                yield out, position
-    if filled:
-        yield out[:filled], position
+                yield prepare(replace(stretch, doubt=window.confirm)), position
+            elif not (surely_finite(rows.x) and surely_finite(rows.y)):  # the window will not be there when they are used
+                window.confirm()
+    if filled and stretch is not None:
+        yield prepare(stretch.part(0, filled)), position

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamlr.dataset.blocks import Block, Plan, Span, format_bytes
+from streamlr.dataset.checked import surely_finite
 from streamlr.dataset.dataset import Dataset
 from streamlr.dataset.tally import Tally
 from streamlr.errors import MemoryLimitExceeded, UsageError
@@ -35,7 +36,6 @@ def plan_stream(
     order: Order,
     *,
     task: str,
-    width: int,
     sample_bytes: int,
     state_bytes: int = 0,
     passes: int,
@@ -51,8 +51,6 @@ def plan_stream(
         What is read, and in which order.
     task : str
         What it is for.
-    width : int
-        Numbers of a prepared row.
     sample_bytes : int
         What a sample takes, before there are windows.
     state_bytes : int
@@ -75,7 +73,7 @@ def plan_stream(
     places, height = order.window_units(dataset), most_rows(units)
     window, unit = (Window.nbytes(dataset, count, height, order.run) for count in (places, 1))
     together = 1 if streams > 1 else min(order.windows(0), -(-len(units) // places))
-    reading, stretch = dataset.reader_bytes, 2 * order.stretch_rows(width) * width * 8  # prepared, and as they were read
+    reading, stretch = dataset.reader_bytes, 2 * order.stretch_rows(dataset) * dataset.n_columns * 8  # and what becomes of it
     shuffled = 4 * 8 * (places * height // order.run) * order.shuffle  # integers for the order of its runs
     try:
         if streams > 1:
@@ -128,9 +126,7 @@ class RowStream:
     order : Order
         In which order they come.
     prepare : callable
-        Writes rows x (m, p) and y (m, k), with their weights (m,) or None, into `out` (m, width).
-    width : int
-        Numbers of a prepared row.
+        Makes of a block of rows, which are nobody else's and perhaps to be confirmed, what is handed out.
     readers : int
         Threads that read ahead; the order does not depend on them.
     task : str
@@ -152,13 +148,12 @@ class RowStream:
         order: Order,
         prepare: Prepare,
         *,
-        width: int,
         readers: int,
         task: str,
         progress: Callback | None,
         keep: bool = False,
     ) -> None:
-        self.dataset, self.order, self.prepare, self.width = dataset, order, prepare, width
+        self.dataset, self.order, self.prepare = dataset, order, prepare
         self.readers, self.task, self.progress = readers, task, progress
         self.tally = Tally()  # of the last reading that came to its end
         self._keep = keep
@@ -170,10 +165,10 @@ class RowStream:
         order = self.order
         units = order.units(self.dataset, number)
         with closing(self._windows(units, start.window)) as windows:  # by itself it would live as long as an error's traceback
-            yield from order.stretches(windows, self.prepare, self.width, (number,), start)
+            yield from order.stretches(self.dataset, windows, self.prepare, (number,), start)
 
     def sample(self, rows: int, max_units: int) -> Array:
-        """Return so many rows of units from all over the dataset, chosen by the seed; all their rows where there are no more.
+        """Return so many rows [x y w] of units from all over the dataset, chosen by the seed; all where there are no more.
 
         Parameters
         ----------
@@ -187,10 +182,9 @@ class RowStream:
         edges = np.linspace(0, len(units), min(max_units, len(units)) + 1).astype(int)
         chosen = [units[int(rng.integers(a, b))] for a, b in pairwise(edges)]
         most = min(rows, sum(span.stop - span.start for span in chosen))
-        kept, keys, filled = np.empty((most, self.width)), np.empty(most), 0
+        kept, keys, filled = np.empty((most, self.dataset.n_columns)), np.empty(most), 0
         with closing(self._windows(chosen, 0, whole=False)) as windows:
-            height = self.order.stretch_rows(self.width)
-            for piece, _ in stretches(windows, self.prepare, height, self.width, START, None):
+            for piece, _ in stretches(windows, side_by_side, self.order.stretch_rows(self.dataset), START, None):
                 drawn = rng.random(len(piece))  # nobody knows how many come: those of the least keys stay
                 count = min(len(piece), most - filled)
                 kept[filled : filled + count], keys[filled : filled + count] = piece[:count], drawn[:count]
@@ -256,6 +250,13 @@ class RowStream:
                 ahead.tallies.append(share.tally)
         except BaseException as error:
             ahead.put(next(left, LATE), error)
+
+
+def side_by_side(rows: Block) -> Array:
+    """Return rows [x y], or [x y w] where they have weights, which are confirmed."""
+    if not (surely_finite(rows.x) and surely_finite(rows.y)):
+        rows.confirm()
+    return np.column_stack((rows.x, rows.y) if rows.weights is None else (rows.x, rows.y, rows.weights))
 
 
 class _Ahead:

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from itertools import count, cycle, islice
-from typing import TypeVar
+from typing import Any, TypeVar
 
-import numpy as np
 from dask.delayed import delayed
-from numpy.typing import NDArray
 
 from streamlr.dataset.blocks import Span
 from streamlr.dataset.dataset import Dataset
@@ -21,9 +19,8 @@ from streamlr.passes.shuffle import Prepare
 from streamlr.passes.tasks import begin, compute, end, errors_of_graphs, one_at_a_time, tasks_of
 from streamlr.passes.windows import Window, read_units
 
-Array = NDArray[np.float64]
 R = TypeVar("R")
-Use = Callable[[Iterator[Array]], R]
+Use = Callable[[Iterator[Any]], R]
 
 
 class ParallelStreams:
@@ -38,9 +35,7 @@ class ParallelStreams:
     order : Order
         In which order units come, and rows in each of how many streams.
     prepare : callable
-        Writes rows x (m, p) and y (m, k), with their weights (m,) or None, into `out` (m, width).
-    width : int
-        Numbers of a prepared row.
+        Makes of a block of rows, which are nobody else's and perhaps to be confirmed, what is handed out.
     tasks_at_once : int
         How many of them this machine runs at once, if it is this machine.
     task : str
@@ -60,12 +55,11 @@ class ParallelStreams:
         order: Order,
         prepare: Prepare,
         *,
-        width: int,
         tasks_at_once: int,
         task: str,
         progress: Callback | None,
     ) -> None:
-        self.dataset, self.order, self.prepare, self.width = dataset, order, prepare, width
+        self.dataset, self.order, self.prepare = dataset, order, prepare
         self.tasks_at_once, self.task, self.progress = tasks_at_once, task, progress
         self._before = begin(dataset)
 
@@ -73,7 +67,7 @@ class ParallelStreams:
         """Return what `use` made of the stretches of each stream, and check that every row was seen and none has changed."""
         dataset = self.dataset
         with running_pass(self.task, dataset.stored_rows, dataset.row_bytes, self.progress) as key:
-            common = (dataset, key, self.order, self.prepare, self.width, number, use)
+            common = (dataset, key, self.order, self.prepare, number, use)
             parts = tasks_of(zip(range(self.order.streams)), f"epoch {number + 1}", key, read_stream, common)
             with errors_of_graphs(dataset):
                 found = compute(delayed(gather)(*parts, dask_key_name=f"gather-{key}"), dataset.arrays, key, self.tasks_at_once)
@@ -82,7 +76,7 @@ class ParallelStreams:
 
 
 def read_stream(
-    dataset: Dataset, key: str, order: Order, prepare: Prepare, width: int, number: int, use: Use[R], stream: int
+    dataset: Dataset, key: str, order: Order, prepare: Prepare, number: int, use: Use[R], stream: int
 ) -> tuple[R, Tally]:
     """Task: give the stretches of one stream of an epoch to `use`."""
     units = order.units(dataset, number)
@@ -93,7 +87,7 @@ def read_stream(
         one_blas_thread(),
         closing(_windows(dataset, own, order, share)) as windows,
     ):
-        value = use(stretch for stretch, _ in order.stretches(windows, prepare, width, (number, stream)))
+        value = use(stretch for stretch, _ in order.stretches(dataset, windows, prepare, (number, stream)))
     return value, share.tally
 
 

@@ -67,20 +67,23 @@ class Window:
     def __len__(self) -> int:
         return sum(len(block.x) for block in self._blocks)
 
-    def drawer(self, height: int) -> Block:
-        """Return memory for so many rows that are drawn."""
+    def room_for(self, height: int) -> Block:
+        """Return memory for so many rows, apart from the window's."""
         return self._rows([np.empty((height, array.shape[1])) for array in self._arrays])
 
-    def rows(self, at: int, count: int, drawn: Block | None) -> Iterator[Block]:
-        """Yield `count` rows in their order from the `at`-th on: where they lie, or in `drawn` where they are shuffled."""
-        if self._order is not None and drawn is not None:
-            yield self._draw(*self._order, at, drawn.part(0, count))
+    def copy(self, at: int, out: Block) -> None:
+        """Copy rows, in their order, from the `at`-th on, into all of `out`."""
+        if self._order is not None:
+            self._draw(*self._order, at, out)
             return
+        filled = 0
         for block in self._blocks:
-            first, last = min(at, len(block.x)), min(at + count, len(block.x))
-            if first < last:
-                yield block.part(first, last)
-            at, count = max(at - len(block.x), 0), count - (last - first)
+            first, last = min(at, len(block.x)), min(at + len(out.x) - filled, len(block.x))
+            rows, to = block.part(first, last), out.part(filled, filled + last - first)
+            to.x[:], to.y[:] = rows.x, rows.y
+            if rows.weights is not None and to.weights is not None:
+                to.weights[:] = rows.weights
+            at, filled = max(at - len(block.x), 0), filled + last - first
 
     def confirm(self) -> None:
         """Raise if a number of the window is NaN or infinite."""
@@ -92,11 +95,10 @@ class Window:
         x, y, *weights = arrays
         return Block(0, len(x), x, y, weights[0][:, 0] if weights else None)
 
-    def _draw(self, runs: Numbers, rest: Numbers, at: int, out: Block) -> Block:
+    def _draw(self, runs: Numbers, rest: Numbers, at: int, out: Block) -> None:
         for array, rows in zip(self._arrays, (out.x, out.y, out.weights), strict=False):
             if rows is not None:
                 _take(array, runs, rest, self._run, at, rows.reshape(len(rows), -1))
-        return out
 
 
 def _take(array: Array, runs: Numbers, rest: Numbers, run: int, at: int, out: Array) -> None:

@@ -25,6 +25,14 @@ from zarr.storage import MemoryStore, WrapperStore
 import streamlr
 from streamlr.dataset import stored_chunks
 from streamlr.dataset.checked import DatasetReader
+from streamlr.descent.automatic import walk_of
+from streamlr.descent.objective import Objective
+from streamlr.descent.scaling import Coordinates, plain_coordinates
+from streamlr.descent.schedules import Constant
+from streamlr.descent.seen import Seen
+from streamlr.descent.sequential import stepped
+from streamlr.descent.steps import Iterate, Walk
+from streamlr.descent.updates import Plain
 from streamlr.errors import (
     ChunkCorrupt,
     ChunkMissing,
@@ -37,7 +45,7 @@ from streamlr.errors import (
 from streamlr.passes import order, progress
 from streamlr.passes.order import BUFFER_UNITS, Order, unit_spans
 from streamlr.passes.shuffle import START, Position
-from streamlr.passes.stream import RowStream, plan_stream
+from streamlr.passes.stream import RowStream, plan_stream, side_by_side
 
 N, P = 20_000, 6
 Array = NDArray[np.float64]
@@ -77,19 +85,11 @@ def rows() -> tuple[Array, Array, Array]:
     return x, x[:, 1:] @ np.arange(1.0, P) + rng.normal(size=N), rng.uniform(0, 2, N)
 
 
-def as_read(x: Array, y: Array, weights: Array | None, out: Array) -> None:
-    out[:, : x.shape[1] + y.shape[1]] = np.hstack([x, y])
-    if weights is not None:
-        out[:, -1] = weights
-
-
-def stream_of(dataset: streamlr.Dataset, readers: int = 2, progress=None, prepare=as_read, keep=False, **order) -> RowStream:
-    width = dataset.n_features + dataset.n_targets + (dataset.weights is not None)
+def stream_of(dataset: streamlr.Dataset, readers: int = 2, progress=None, prepare=side_by_side, keep=False, **order) -> RowStream:
     return RowStream(
         dataset,
         Order(**{"batch_rows": 7, "seed": 0} | order),
         prepare,
-        width=width,
         readers=readers,
         task="t",
         progress=progress,
@@ -222,12 +222,40 @@ class TestRows:
         np.testing.assert_array_equal(found[np.argsort(found[:, 0]), :p], x)
 
     def test_what_overflows_on_the_way_is_no_warning(self, rows):
-        def prepare(x, y, weights, out):
-            out[:] = np.hstack([x, y]) * 1e308 * 1e308
+        tiny = Coordinates(np.zeros(P), np.full(P, 1e-300), np.zeros(1), np.full(1, 1e-300), True, 1.0, False)
+        for found, _ in stream_of(streamlr.Dataset(rows[0] * 1e100, rows[1]), prepare=tiny.prepare).epoch(0):
+            assert not np.isfinite(found.z[:, 0]).all() or (found.z[:, 0] == 0).any()
 
-        dataset = streamlr.Dataset(*rows[:2])
-        for found, _ in stream_of(dataset, prepare=prepare).epoch(0):
-            assert not np.isfinite(found[:, 0]).all() or (found[:, 0] == 0).any()
+
+def descended(walk: Walk, stream: RowStream) -> Iterate:
+    here, seen = walk.start(), Seen.nothing(1)
+    for stretch, _ in stream.epoch(0):
+        here, seen = stepped(walk, stretch, here, seen)
+    return here
+
+
+class TestDoubt:
+    """Nobody looks for what is not finite in a stretch that steps are taken over: what they meet tells."""
+
+    @pytest.mark.parametrize("batch", [1, 16])
+    @pytest.mark.parametrize("shuffle", [False, True])
+    @pytest.mark.parametrize(("column", "value"), [("x2", np.nan), ("x5", -np.inf), ("y", np.inf)])
+    def test_what_is_not_finite_is_named_wherever_it_stands(self, rows, batch, shuffle, column, value):
+        options = streamlr.Descent("minibatch", batch_size=batch)
+        sample = np.column_stack(rows[:2])
+        walk = walk_of(sample, options, n_features=P, n_targets=1, weighted=False, fit_intercept=True, ridge=0.0, n_rows=N)
+        for row in (0, 4_999, N - 1):
+            spoilt = sample.copy()
+            spoilt[row, int(column[1:] or P)] = value
+            dataset = streamlr.Dataset(spoilt[:, :P], spoilt[:, P])
+            stream = stream_of(dataset, prepare=walk.objective.coordinates.prepare, batch_rows=batch, shuffle=shuffle)
+            with pytest.raises(NonFiniteValue, match=f"row {row:,}, column '{column}' is {value}"):
+                descended(walk, stream)
+
+    def test_what_diverges_is_not_blamed_on_rows(self, rows):
+        walk = Walk(Objective(plain_coordinates(None, P, 1, intercept=True), 16, 0.0), None, Plain(), Constant(1e9), None, False)
+        stream = stream_of(streamlr.Dataset(*rows[:2]), prepare=walk.objective.coordinates.prepare, batch_rows=16)
+        assert not np.isfinite(descended(walk, stream).b).any()
 
 
 class TestSample:
@@ -335,7 +363,7 @@ class TestReadings:
             start(thread)
 
         with dask.config.set(num_workers=workers):
-            plan = plan_stream(dataset, Order(7, 0), task="t", width=P + 1, sample_bytes=0, passes=1, memory=None)
+            plan = plan_stream(dataset, Order(7, 0), task="t", sample_bytes=0, passes=1, memory=None)
         assert plan.tasks_at_once == workers
         monkeypatch.setattr(threading.Thread, "start", counted)
         epoch_of(dataset, plan.tasks_at_once)
@@ -439,11 +467,11 @@ class TestEnds:
         """The error comes with its traceback, and while somebody holds it no thread is left."""
         calls = []
 
-        def prepare(x, y, weights, out):
-            calls.append(len(x))
+        def prepare(rows):
+            calls.append(len(rows.x))
             if len(calls) > 30:
                 raise ArithmeticError("as planned")
-            as_read(x, y, weights, out)
+            return side_by_side(rows)
 
         before = set(threading.enumerate())
         with pytest.raises(ArithmeticError, match="as planned") as caught:
