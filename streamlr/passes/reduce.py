@@ -14,6 +14,7 @@ from streamlr.dataset.tally import Tally
 from streamlr.passes.memory import one_blas_thread
 from streamlr.passes.planning import plan_pass
 from streamlr.passes.progress import Callback, running_pass, share_of_pass
+from streamlr.passes.runs import Runs
 from streamlr.passes.tasks import Source, begin, compute, end, errors_of_graphs, span_tasks
 
 S = TypeVar("S", bound=Summary)
@@ -67,7 +68,8 @@ def reduce(
     before = begin(dataset)
     tree = Tree(dataset.stored_rows, plan.tile_rows)
     with running_pass(task, dataset.stored_rows, dataset.row_bytes, progress) as key:
-        parts = span_tasks(dataset, cut, task, key, read_span, tree, statistic, spans_per_task=plan.spans_per_task)
+        runs = Runs.of_spans(cut, plan.spans_per_task, plan.tile_rows) if plan.spans_per_task > 1 else None
+        parts = span_tasks(dataset, cut, task, key, read_span, tree, statistic, runs=runs)
         number = 0
         while len(parts) > 1:
             groups = [parts[at : at + plan.fan_in] for at in range(0, len(parts), plan.fan_in)]

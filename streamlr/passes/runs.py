@@ -6,7 +6,9 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 
-from streamlr.dataset.blocks import Span
+from streamlr.dataset.blocks import Span, tile_edges
+
+PIECES = 8  # that a span is handed out in, so that the last ones balance the threads
 
 
 class Runs:
@@ -24,6 +26,19 @@ class Runs:
         self._lock = threading.Lock()
         self._whole = deque(deque(cut[at : at + length]) for at in range(0, len(cut), length))
         self._begun: list[deque[Span]] = []  # what is left of each
+
+    @classmethod
+    def of_spans(cls, cut: Sequence[Span], count: int, tile: int) -> Runs:
+        """Return runs of so many spans of whole tiles, in pieces that are whole tiles too.
+
+        Examples
+        --------
+        >>> list(Runs.of_spans([Span(0, 8), Span(8, 13)], 2, 4).take())
+        [Span(start=0, stop=4), Span(start=4, stop=8), Span(start=8, stop=12), Span(start=12, stop=13)]
+        """
+        height = cut[0].stop - cut[0].start
+        rows = max(height // PIECES, tile)
+        return cls([piece for span in cut for piece in tile_edges(span.start, span.stop, rows)], count * -(-height // rows))
 
     def take(self) -> Iterator[Span]:
         """Begin a run, and iterate over its spans as far as nobody else has begun them; over none when all spans are begun.

@@ -91,12 +91,12 @@ def span_tasks(
     key: str,
     function: Callable[..., Any],
     *common: Any,
-    spans_per_task: int = 1,
+    runs: Runs | None = None,
 ) -> list[Delayed]:
     """Return one task for each span: a function of the source, the key, what is common, the span, and blocks of Dask arrays.
 
-    NumPy rows, which lie where they are needed on threads, go to a cluster as blocks too. Where a task may read more than one
-    span, as threads may, others find that theirs is read.
+    NumPy rows, which lie where they are needed on threads, go to a cluster as blocks too. Where threads are handed `runs` of the
+    spans, a task reads one of those instead, and others may find that theirs is read.
     """
     sent = active_client() is not None
     sizes = tuple(span.stop - span.start for span in cut)
@@ -106,7 +106,7 @@ def span_tasks(
             blocks.append(rows.in_rows(sizes).to_delayed().ravel())
         elif sent and isinstance(rows, MemoryRows):
             blocks.append([rows.array[span.start : span.stop] for span in cut])
-    source = Source(_described(dataset, sent=sent), Runs(cut, spans_per_task) if spans_per_task > 1 else None)
+    source = Source(_described(dataset, sent=sent), runs)
     return tasks_of(zip(cut, *blocks, strict=True), name, key, function, (source, key, *common))
 
 
