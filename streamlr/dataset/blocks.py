@@ -172,9 +172,11 @@ def spans(
         rows = tile * 2 ** max(math.ceil(math.log2(wanted_rows / tile)), 0)
         return [Span(start, min(start + rows, n_rows)) for start in range(0, n_rows, rows)]
     shared = math.lcm(*chunks)
-    # few spans had better be of one length, and may end within tiles
-    heights, most = ([shared], wanted_rows // 2) if waiting else ([math.lcm(shared, tile), shared], wanted_rows)
-    unit = next((rows for rows in heights if rows <= most), chunks[0])
+    if waiting:  # few spans had better be of one length, and may end within tiles
+        unit = shared if shared <= wanted_rows // 2 else chunks[0]
+    else:  # the ends of those that end within tiles are copied and kept, which longer ones are worth
+        whole = math.lcm(shared, tile)
+        unit = whole if whole <= 2 * wanted_rows else shared if shared <= wanted_rows else chunks[0]
     units = -(-n_rows // unit)
     count = min(-(-n_rows // wanted_rows), units)
     count -= count % workers if count > workers else 0
