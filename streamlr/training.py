@@ -93,7 +93,7 @@ class Training:
         if self.options.mode == "gd":
             moments = self._draft_moments(rows)
             return (moments, True) if moments.fits else (self._plan_slopes(rows), False)
-        order, width = self._order(rows), rows.n_columns + 1
+        order, width = self._order(rows), rows.n_columns + self.fit_intercept
         plan = plan_stream(
             rows,
             order,
@@ -245,7 +245,7 @@ class Training:
 
     def _sample_bytes(self, rows: Dataset) -> int:
         whitens = self.options.mode != "gd" or self.options.scale == "whiten"
-        return sample_bytes(rows.n_columns + 1, rows.n_rows, whitens=whitens)
+        return sample_bytes(rows.n_columns + self.fit_intercept, rows.n_rows, whitens=whitens)
 
     def _draft_moments(self, rows: Dataset) -> Plan:
         """Return the plan of a full-batch descent by moments, whether it fits or not."""

@@ -379,7 +379,7 @@ def test_what_steps_met_is_the_cost_of_their_residuals(seed, k, weighted, unit, 
     """However rows are cut, whatever the targets' unit, and however far they are from the point they are measured from."""
     rng = np.random.default_rng(seed)
     n, zero, mean_weight = 300, np.zeros(k), 3.0 if weighted else 1.0
-    coordinates = Coordinates(np.zeros(2), np.ones(2), zero, np.full(k, unit), True, mean_weight, weighted)
+    coordinates = Coordinates(np.zeros(2), np.ones(2), zero, np.full(k, unit), True, mean_weight)
     residuals, targets, w = rng.standard_normal((n, k)), mean + rng.standard_normal((n, k)), rng.uniform(0.1, 2.0, (n, 1))
     w[:50] *= data.draw(st.sampled_from([0.0, 1.0]))
     seen = Seen.nothing(k)

@@ -246,7 +246,6 @@ class Problem:
             np.array([2.0, 0.25])[:k],
             intercept,
             2.0 if weighted else 1.0,
-            weighted,
         )
         self.ridge, self.k = ridge, k
         self.b = rng.integers(-9, 10, (2 + intercept, k)).astype(float) / 4
@@ -340,7 +339,7 @@ def test_several_targets_are_each_as_if_alone(problem: Problem):
     curvature = objective.curvature(problem.rows(), problem.b)
     c, rows = problem.coordinates, prepared(problem.coordinates, problem.columns, problem.weights)
     for j in range(problem.k):
-        single = Coordinates(c.mean, c.scale, c.target_mean[[j]], c.target_scale[[j]], c.intercept, c.mean_weight, c.weighted)
+        single = Coordinates(c.mean, c.scale, c.target_mean[[j]], c.target_scale[[j]], c.intercept, c.mean_weight)
         alone = Objective(single, 7, problem.ridge)
         of_one = replace(rows, y=rows.y[:, [j]])
         own, met = alone.gradient(of_one, problem.b[:, [j]])

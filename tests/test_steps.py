@@ -64,7 +64,7 @@ def course(
     if weights == "none":
         w = np.ones((n, 1))
     scale = np.exp(rng.standard_normal(p))
-    coordinates = Coordinates(np.zeros(p), scale, np.zeros(k), np.ones(k), intercept, 1.0, weights != "none")
+    coordinates = Coordinates(np.zeros(p), scale, np.zeros(k), np.ones(k), intercept, 1.0)
     matrix = {"none": None, "identity": np.eye(d), "any": np.eye(d) + 0.3 * rng.standard_normal((d, d))}[transform]
     rows = Prepared(a[:, :p].copy(), y.copy(), w.copy() if weights != "none" else None, intercept)
     return Course(Walk(Objective(coordinates, batch, ridge), matrix, rule, schedule, promised, average), rows, a, y, w)
@@ -366,9 +366,7 @@ def test_several_targets_are_each_as_if_alone(settings: dict[str, Any], batch: i
     together, met = taken(c)
     k, coordinates = c.y.shape[1], c.walk.objective.coordinates
     for j in range(k):
-        single = Coordinates(
-            coordinates.mean, coordinates.scale, np.zeros(1), np.ones(1), coordinates.intercept, 1.0, coordinates.weighted
-        )
+        single = Coordinates(coordinates.mean, coordinates.scale, np.zeros(1), np.ones(1), coordinates.intercept, 1.0)
         walk = Walk(Objective(single, batch, 0.0), c.walk.transform, rule, c.walk.schedule, 1e9, c.walk.average)
         alone, residuals = walk.over(replace(c.rows, y=c.rows.y[:, [j]]), walk.start())
         np.testing.assert_allclose(alone.b[:, 0], together.b[:, j], rtol=1e-8, atol=1e-9)
@@ -418,5 +416,5 @@ def test_the_coordinates_have_a_name():
     assert course(transform="any").walk.scale == "whiten"
     assert course().walk.scale == "standard"
     c = course()
-    plain = Coordinates(np.zeros(3), np.ones(3), np.zeros(1), np.ones(1), True, 1.0, False, "none")
+    plain = Coordinates(np.zeros(3), np.ones(3), np.zeros(1), np.ones(1), True, 1.0, "none")
     assert Walk(Objective(plain, 1, 0.0), None, Plain(), c.walk.schedule, None, False).scale == "none"

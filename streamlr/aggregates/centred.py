@@ -1,4 +1,4 @@
-"""Mean and scatter of the rows of one block: one symmetric product of rows that are centred near their mean."""
+"""Mean and scatter of the rows of one block: one symmetric product of rows, centred near their mean where that is far from zero."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ EPS = {"double": float(np.finfo(np.float64).eps), "single": float(np.finfo(np.fl
 CONSTANT = 32 * EPS["double"]  # a column varies by more than this beside its mean, or by rounding
 # So much of a sum of squares may be due to a centre away from the mean: four bits of float64 at most, hardly one of float32.
 MOSTLY = {"double": 15 / 16, "single": 1 / 4}
-HARDLY = {"double": 1 / 2, "single": 1 / 8}  # where zero as the centre of all features costs no more, by some rows, it is
+# Zero is the centre of all features where, by some rows, no mean's square is more than this share of the mean square: a bit of it.
+HARDLY = {"double": 1 / 2, "single": 1 / 8}
 SOME = 64  # rows at least, where there are as many
 ROUNDS = 4  # of centring again: each leaves some eps of the distance before it
 PIECE_BYTES = 2**21  # of centred rows, about a core's cache: fewer, and the interpreter's lock is passed on too often
@@ -72,7 +73,7 @@ def centred_product(block: Block, total: float, precision: str) -> tuple[Array, 
     say too little about the others the rows are centred again, so that the correction costs next to no digits.
     """
     few = max(block.x.shape[1], block.y.shape[1]) <= FEW_COLUMNS and precision == "double"
-    centre = _centre_of_some(block, 0.0 if few else HARDLY[precision])
+    centre = _centre_of_some(block, None if few else HARDLY[precision])
 
     def around(centre: Array) -> tuple[Products, Array]:
         products = _products_of_columns(block, centre) if few else _products_of_rows(block, centre, precision)
@@ -92,8 +93,11 @@ def centred_product(block: Block, total: float, precision: str) -> tuple[Array, 
     return *exact_sum(centre, offset), scatter
 
 
-def _centre_of_some(block: Block, hardly: float) -> Array:
-    """Return the mean of rows that are spread over a block, of all where those have no weight; zero for features if it will do."""
+def _centre_of_some(block: Block, hardly: float | None) -> Array:
+    """Return the mean of rows that are spread over a block, of all where those have no weight; zero for features if it will do.
+
+    It will where no square of a mean is more than `hardly` of the mean square; never where that is None.
+    """
     every = max(len(block.x) // SOME, 1)
     w = None if block.weights is None else block.weights[::every]
     if w is not None and not w.any():
@@ -101,7 +105,7 @@ def _centre_of_some(block: Block, hardly: float) -> Array:
     p, some = block.x.shape[1], np.concatenate((block.x[::every], block.y[::every]), axis=1)
     w = np.ones(len(some)) if w is None else w
     mean: Array = w.dot(some) / w.sum()
-    if (mean[:p] ** 2 <= hardly * (w.dot(some[:, :p] ** 2) / w.sum())).all():
+    if hardly is not None and (mean[:p] ** 2 <= hardly * (w.dot(some[:, :p] ** 2) / w.sum())).all():
         mean[:p] = 0.0
     return mean
 
@@ -132,7 +136,7 @@ def _products_of_columns(block: Block, centre: Array) -> Products:
 
 
 def _products_of_rows(block: Block, centre: Array, precision: str) -> Products:
-    """Return the products of the columns of rows that are centred, and multiplied by the roots of their weights.
+    """Return the products of the columns of rows that are centred, but at zero, and multiplied by the roots of their weights.
 
     Each `step` rows make one symmetric product, after each `near` of them were centred and multiplied with the targets while the
     cache holds them; all rows at once where features are multiplied as they lie. Products are made by `dot`: of few results, `@`
@@ -141,6 +145,7 @@ def _products_of_rows(block: Block, centre: Array, precision: str) -> Products:
     (m, p), q, weights = block.x.shape, len(centre), block.weights
     heaviest = float(weights.max()) if weights is not None and precision == "single" else 1.0  # float32 has less range
     root = None if weights is None else np.sqrt(weights / heaviest)[:, None]
+    # blocks of one statistic are all in C order or none is, so that the order in memory, which shows in bits, depends on no layout
     as_they_lie = root is None and not centre[:p].any() and block.x.flags.c_contiguous
     step, near = m, m
     if not as_they_lie:
@@ -187,11 +192,11 @@ def _beside(features: Array, others: Array) -> Array:
         products[:, :p], products[:, p:] = others.dot(features), others.dot(others.T)
         return products
     for at in range(0, len(features), SHORT_ROWS):  # BLAS would sum all of them row by row
-        piece = features[at : at + SHORT_ROWS]
-        for row, beside in zip(others[:, at : at + SHORT_ROWS], products, strict=True):
-            beside[:p] += row.dot(piece)
-    for j, row in enumerate(others):
-        products[j, p : p + j + 1] = others[: j + 1].dot(row)
+        piece, some = features[at : at + SHORT_ROWS], others[:, at : at + SHORT_ROWS]
+        for j, row in enumerate(some):
+            products[j, :p] += row.dot(piece)
+            products[j, p : p + j + 1] += some[: j + 1].dot(row)
+    for j in range(len(others)):
         products[:j, p + j] = products[j, p : p + j]
     return products
 

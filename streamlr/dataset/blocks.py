@@ -30,7 +30,7 @@ class Block:
         The rows of the dataset that this block covers.
     x, y : (m, p) and (m, k) float64
         Features and targets of the m <= stop - start rows that are kept; C-contiguous as they are read, and perhaps where somebody
-        else keeps them: not to be written to.
+        else keeps them: not to be written to, but by who made room for them.
     weights : (m,) float64 or None
         Weights of the kept rows.
     room : Buffer or None

@@ -53,10 +53,10 @@ class Prepared:
         """A, (m, d), in memory of its own where there is a column of ones."""
         return np.hstack((self.z, np.ones((len(self.z), 1)))) if self.intercept else self.z
 
-    def times(self, b: Array) -> Array:
-        """Return A b, (m, k), of coefficients (d, k)."""
+    def times(self, b: Array, out: Array | None = None) -> Array:
+        """Return A b, (m, k), of coefficients (d, k), in `out` if that is given."""
         p = self.z.shape[1]
-        product: Array = self.z.dot(b[:p])
+        product: Array = self.z.dot(b[:p], out=out)
         if self.intercept:
             product += b[p]
         return product
@@ -83,8 +83,6 @@ class Coordinates:
         Whether the last of the d coefficients belongs to a column of ones.
     mean_weight : float
         Mean of the weights of a sample: gradients are measured in it.
-    weighted : bool
-        Whether rows have weights.
     name : "standard" or "none"
         What they are called in the history.
     """
@@ -95,7 +93,6 @@ class Coordinates:
     target_scale: Array
     intercept: bool
     mean_weight: float
-    weighted: bool
     name: str = "standard"
 
     @property
@@ -114,7 +111,7 @@ class Coordinates:
         return len(self.target_mean)
 
     def prepare(self, rows: Block) -> Prepared:
-        """Return rows, all of them, in these coordinates, where they lie: their memory is written to."""
+        """Return rows in these coordinates where they lie, in C order: their memory is written to, so it must be the caller's."""
         return self._prepared(rows, rows)
 
     def prepared(self, rows: Block) -> Prepared:
@@ -207,18 +204,18 @@ def standard_coordinates(columns: Array, weights: Array | None, n_features: int,
     with np.errstate(under="ignore"):
         mean, unit = np.ldexp(mean, exponent), np.maximum(np.ldexp(unit, exponent), SMALLEST)
     p = n_features
-    return Coordinates(mean[:p], unit[:p], mean[p:], unit[p:], intercept, _mean_weight(weights), weights is not None)
+    return Coordinates(mean[:p], unit[:p], mean[p:], unit[p:], intercept, _mean_weight(weights))
 
 
 def plain_coordinates(weights: Array | None, n_features: int, n_targets: int, *, intercept: bool) -> Coordinates:
     """Return the coordinates of the columns as they are."""
     zero, one = np.zeros(n_features), np.ones(n_features)
     zeros, ones = np.zeros(n_targets), np.ones(n_targets)
-    return Coordinates(zero, one, zeros, ones, intercept, _mean_weight(weights), weights is not None, "none")
+    return Coordinates(zero, one, zeros, ones, intercept, _mean_weight(weights), "none")
 
 
 def _standardise(rows: Array, mean: Array, scale: Array, out: Array) -> None:
-    """Write rows less their mean, in units of their scale: many as one long row, along which NumPy is quick."""
+    """Write rows less their mean, in units of their scale, into `out`, in C order: as long rows, along which NumPy is quick."""
     if not rows.flags.c_contiguous:
         out[:] = rows
         rows = out

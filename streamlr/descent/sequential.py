@@ -71,6 +71,7 @@ def stepped(walk: Walk, rows: Prepared, here: Iterate, seen: Seen) -> tuple[Iter
     with np.errstate(all="ignore"):
         after, residuals = walk.over(rows, here)
         seen = seen.of(residuals, rows.y, rows.w, after.step - here.step)
+    # what coefficients of zero hide from the residuals shows in the gradient
     if rows.doubt is not None and not (np.isfinite(seen.sums).all() and np.isfinite(after.b).all()):
         rows.doubt()  # the rows may be to blame, which is an error of another kind
     return after, seen

@@ -205,9 +205,9 @@ class Walk:
     def _reduce_rows(self, rows: Prepared, transform: Array | None, out: Array) -> Array | None:
         """Write AT into `out`, and return T, shortened where a row alone curves the cost more than the sample promised of all."""
         if transform is None:
-            out[:] = rows.design
+            out[:, : rows.z.shape[1]], out[:, rows.z.shape[1] :] = rows.z, 1.0
             return None
-        out[:] = rows.times(transform)
+        rows.times(transform, out)
         if self.promised is None:
             return transform
         squares = np.einsum("ij,ij->i", out, out) * (1.0 if rows.w is None else rows.w[:, 0])
@@ -219,13 +219,13 @@ class Walk:
             if proven > SURPRISE * self.promised:
                 transform = shortened(transform, row / np.sqrt(square), self.promised / proven)
         if len(surprising):
-            out[:] = rows.times(transform)
+            rows.times(transform, out)
         return transform
 
 
 def working_bytes(rows: int, width: int, batch_rows: int) -> int:
     """Return what the steps of so many rows need beside them: of single rows, Z, its multiples and the triangular systems."""
-    return 8 * rows * (4 * width + 2 * block_rows(width)) if batch_rows == 1 else 8 * rows * 4
+    return 8 * rows * (3 * width + 2 * block_rows(width)) if batch_rows == 1 else 8 * rows * 4
 
 
 def block_rows(width: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -12,7 +13,7 @@ from streamlr.dataset.blocks import Plan, Span
 from streamlr.dataset.dataset import Dataset
 from streamlr.dataset.tally import Tally
 from streamlr.passes.memory import one_blas_thread
-from streamlr.passes.planning import plan_pass
+from streamlr.passes.planning import is_waited_for, plan_pass
 from streamlr.passes.progress import Callback, running_pass, share_of_pass
 from streamlr.passes.runs import Runs
 from streamlr.passes.tasks import Source, begin, compute, end, errors_of_graphs, span_tasks
@@ -68,7 +69,7 @@ def reduce(
     before = begin(dataset)
     tree = Tree(dataset.stored_rows, plan.tile_rows)
     with running_pass(task, dataset.stored_rows, dataset.row_bytes, progress) as key:
-        runs = Runs.of_spans(cut, plan.spans_per_task, plan.tile_rows) if plan.spans_per_task > 1 else None
+        runs = _runs(dataset, plan, cut) if plan.spans_per_task > 1 else None
         parts = span_tasks(dataset, cut, task, key, read_span, tree, statistic, runs=runs)
         number = 0
         while len(parts) > 1:
@@ -81,6 +82,12 @@ def reduce(
             partial, tally = compute(parts[0], dataset.arrays, key, plan.tasks_at_once)
     end(dataset, before, tally)
     return Reduced(partial.result(), tally, plan)
+
+
+def _runs(dataset: Dataset, plan: Plan, cut: Sequence[Span]) -> Runs:
+    if is_waited_for(dataset):  # what is asked for ahead is asked for anew with each piece
+        return Runs(cut, plan.spans_per_task)
+    return Runs.of_spans(cut, plan.spans_per_task, plan.tile_rows)
 
 
 def read_span(source: Source, key: str, tree: Tree, statistic: Statistic[S], span: Span, *lazy: Any) -> tuple[Partial[S], Tally]:

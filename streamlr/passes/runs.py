@@ -35,9 +35,11 @@ class Runs:
         --------
         >>> list(Runs.of_spans([Span(0, 8), Span(8, 13)], 2, 4).take())
         [Span(start=0, stop=4), Span(start=4, stop=8), Span(start=8, stop=12), Span(start=12, stop=13)]
+        >>> [piece.start for piece in Runs.of_spans([Span(0, 60_000)], 8, 2_048).take()][:3]
+        [0, 6144, 12288]
         """
         height = cut[0].stop - cut[0].start
-        rows = max(height // PIECES, tile)
+        rows = max(height // PIECES // tile, 1) * tile
         return cls([piece for span in cut for piece in tile_edges(span.start, span.stop, rows)], count * -(-height // rows))
 
     def take(self) -> Iterator[Span]:

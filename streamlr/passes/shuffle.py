@@ -76,7 +76,7 @@ def stretches(
         while at < len(window):
             count = min(len(window) - at, height - filled)
             rows = stretch.part(filled, filled + count)
-            window.copy(at, rows)
+            window.copy_into(at, rows)
             at, filled = at + count, filled + count
             over = at == len(window)
             position = Position(before + at, window.number + over, before + at if over else before)

@@ -73,7 +73,7 @@ def plan_stream(
     places, height = order.window_units(dataset), most_rows(units)
     window, unit = (Window.nbytes(dataset, count, height, order.run) for count in (places, 1))
     together = 1 if streams > 1 else min(order.windows(0), -(-len(units) // places))
-    reading, stretch = dataset.reader_bytes, 2 * order.stretch_rows(dataset) * dataset.n_columns * 8  # and what becomes of it
+    reading, stretch = dataset.reader_bytes, 2 * order.stretch_rows(dataset) * (dataset.n_columns + 1) * 8  # and what becomes of it
     shuffled = 4 * 8 * (places * height // order.run) * order.shuffle  # integers for the order of its runs
     try:
         if streams > 1:

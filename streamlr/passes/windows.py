@@ -46,7 +46,7 @@ class Window:
     @staticmethod
     def nbytes(dataset: Dataset, places: int, height: int, run: int) -> int:
         """Return what a window takes."""
-        return 8 * places * (height + run - 1) * sum(rows.n_columns for rows in dataset.arrays)
+        return 8 * places * (height + run - 1) * dataset.n_columns
 
     def room(self, place: int) -> Block:
         """Return the memory of a place."""
@@ -71,7 +71,7 @@ class Window:
         """Return memory for so many rows, apart from the window's."""
         return self._rows([np.empty((height, array.shape[1])) for array in self._arrays])
 
-    def copy(self, at: int, out: Block) -> None:
+    def copy_into(self, at: int, out: Block) -> None:
         """Copy rows, in their order, from the `at`-th on, into all of `out`."""
         if self._order is not None:
             self._draw(*self._order, at, out)

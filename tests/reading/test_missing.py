@@ -147,16 +147,14 @@ def test_a_value_that_is_not_finite_is_named(place, value):
         assert streamlr.fit(opened(x, y, weights, missing="drop")).dropped_by_column == {name: 1}
 
 
-COORDINATES = {
-    weighted: Coordinates(np.zeros(P), np.ones(P), np.zeros(1), np.ones(1), True, 1.0, weighted) for weighted in (False, True)
-}
+COORDINATES = Coordinates(np.zeros(P), np.ones(P), np.zeros(1), np.ones(1), True, 1.0)
 STATISTICS = {
     "moments": lambda weighted: MomentsOf(default_names("x", P), ("y",)),
     "moments of single precision": lambda weighted: MomentsOf(default_names("x", P), ("y",), "single"),
     "residuals": lambda weighted: ResidualsOf(np.ones((P, 1)), np.zeros(1), ("y",)),
     "residuals of zeros": lambda weighted: ResidualsOf(np.zeros((P, 1)), np.zeros(1), ("y",)),
-    "gradient": lambda weighted: SumsOf(COORDINATES[weighted], np.ones((P + 1, 1)), ("y",)),
-    "gradient at zero": lambda weighted: SumsOf(COORDINATES[weighted], np.zeros((P + 1, 1)), ("y",)),
+    "gradient": lambda weighted: SumsOf(COORDINATES, np.ones((P + 1, 1)), ("y",)),
+    "gradient at zero": lambda weighted: SumsOf(COORDINATES, np.zeros((P + 1, 1)), ("y",)),
 }
 
 

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
 import dask
 import dask.array as da
@@ -18,6 +19,7 @@ import pytest
 import zarr
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import same_bits
 from threadpoolctl import threadpool_info, threadpool_limits
 from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.storage import MemoryStore, WrapperStore
@@ -33,7 +35,7 @@ from streamlr.passes.memory import one_blas_thread
 from streamlr.passes.planning import plan_pass
 from streamlr.passes.progress import find_pass, running_pass, share_of_pass
 from streamlr.passes.reduce import reduce
-from streamlr.passes.runs import Runs
+from streamlr.passes.runs import PIECES, Runs
 from streamlr.passes.tasks import Source, span_tasks
 from streamlr.passes.write import write
 
@@ -257,6 +259,30 @@ class TestTasks:
                 readers[number].append(span)
         assert sorted((span for spans in readers for span in spans), key=lambda span: span.start) == cut
         assert not any(list(take) for take in [*takes, runs.take()])
+
+    @given(st.integers(1, 2_000), st.sampled_from([1, 2, 8, 32]), st.sampled_from([1, 4]), st.sampled_from([1, 2, 8]))
+    def test_pieces_of_spans_are_whole_tiles_and_runs_whole_spans(self, n_rows, tiles, tile, count):
+        height = tiles * tile
+        cut = [Span(start, min(start + height, n_rows)) for start in range(0, n_rows, height)]
+        runs = Runs.of_spans(cut, count, tile)
+        for first in range(0, len(cut), count):
+            pieces, spans = list(runs.take()), cut[first : first + count]
+            assert (pieces[0].start, pieces[-1].stop) == (spans[0].start, spans[-1].stop)
+            assert all(one.stop == other.start and one.stop % tile == 0 for one, other in pairwise(pieces))
+            assert len(pieces) <= PIECES * len(spans) + 2 * PIECES
+        assert not list(runs.take())
+
+    @pytest.mark.parametrize("workers", [1, 2, 3])
+    @pytest.mark.parametrize("chunk", [997, 65_536])
+    def test_spans_of_several_tiles_have_the_same_bits(self, rows, tmp_path, monkeypatch, spans_of_one_tile, workers, chunk):
+        monkeypatch.setattr(blocks, "SPANS_PER_WORKER", 1)
+        group = zarr.open_group(tmp_path / "s.zarr", mode="w")
+        group.create_array("X", data=rows[0], chunks=(chunk, P))
+        group.create_array("y", data=rows[1], chunks=(chunk,))
+        dataset = streamlr.open_dataset(tmp_path / "s.zarr")
+        with dask.config.set(num_workers=workers):
+            assert streamlr.plan(dataset).n_spans < 4
+            assert same_bits(streamlr.accumulate(dataset), streamlr.accumulate(streamlr.Dataset(*rows)))
 
     def test_a_run_is_divided_when_all_are_begun(self):
         runs = Runs([Span(row, row + 1) for row in range(12)], 4)

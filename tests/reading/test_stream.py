@@ -222,7 +222,7 @@ class TestRows:
         np.testing.assert_array_equal(found[np.argsort(found[:, 0]), :p], x)
 
     def test_what_overflows_on_the_way_is_no_warning(self, rows):
-        tiny = Coordinates(np.zeros(P), np.full(P, 1e-300), np.zeros(1), np.full(1, 1e-300), True, 1.0, False)
+        tiny = Coordinates(np.zeros(P), np.full(P, 1e-300), np.zeros(1), np.full(1, 1e-300), True, 1.0)
         for found, _ in stream_of(streamlr.Dataset(rows[0] * 1e100, rows[1]), prepare=tiny.prepare).epoch(0):
             assert not np.isfinite(found.z[:, 0]).all() or (found.z[:, 0] == 0).any()
 
@@ -251,6 +251,18 @@ class TestDoubt:
             stream = stream_of(dataset, prepare=walk.objective.coordinates.prepare, batch_rows=batch, shuffle=shuffle)
             with pytest.raises(NonFiniteValue, match=f"row {row:,}, column '{column}' is {value}"):
                 descended(walk, stream)
+
+    @pytest.mark.parametrize("batch", [1, 16])
+    @pytest.mark.parametrize("column", ["x0", "y"])
+    def test_of_one_column_too_which_zero_may_hide(self, batch, column):
+        """In the only batch, after whose step there is no other to show it."""
+        objective = Objective(plain_coordinates(None, 1, 1, intercept=False), batch, 0.0)
+        walk = Walk(objective, None, Plain(), Constant(1e-300), None, False)
+        x, y = np.ones((batch, 1)), np.ones(batch)
+        (x[:, 0] if column == "x0" else y)[-1] = np.nan
+        stream = stream_of(streamlr.Dataset(x, y), prepare=objective.coordinates.prepare, batch_rows=batch, shuffle=False)
+        with pytest.raises(NonFiniteValue, match=f"row {batch - 1}, column '{column}' is nan"):
+            descended(walk, stream)
 
     def test_what_diverges_is_not_blamed_on_rows(self, rows):
         walk = Walk(Objective(plain_coordinates(None, P, 1, intercept=True), 16, 0.0), None, Plain(), Constant(1e9), None, False)
