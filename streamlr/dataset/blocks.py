@@ -174,9 +174,10 @@ def spans(
     shared = math.lcm(*chunks)
     if waiting:  # few spans had better be of one length, and may end within tiles
         unit = shared if shared <= wanted_rows // 2 else chunks[0]
-    else:  # the ends of those that end within tiles are copied and kept, which longer ones are worth
+    else:  # the ends of those that end within tiles are copied and kept: longer ones are better, if all workers get as many
         whole = math.lcm(shared, tile)
-        unit = whole if whole <= 2 * wanted_rows else shared if shared <= wanted_rows else chunks[0]
+        most = wanted_rows if -(-n_rows // whole) % workers else 2 * wanted_rows
+        unit = next((rows for rows, limit in ((whole, most), (shared, wanted_rows)) if rows <= limit), chunks[0])
     units = -(-n_rows // unit)
     count = min(-(-n_rows // wanted_rows), units)
     count -= count % workers if count > workers else 0

@@ -15,7 +15,7 @@ from streamlr.errors import NumericalError
 
 Array = NDArray[np.float64]
 SMALLEST = float(np.finfo(np.float64).tiny)
-LONG = 4096
+LONG = 4096  # numbers: where NumPy walks along fewer at a time, it is slow
 
 
 @dataclass(frozen=True, slots=True, eq=False)
