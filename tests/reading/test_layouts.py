@@ -13,14 +13,18 @@ import pytest
 import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from zarr.buffer import default_buffer_prototype
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, GzipCodec, ShardingCodec, TransposeCodec, ZstdCodec
 from zarr.codecs import numcodecs as wrapped
+from zarr.core.sync import sync
 from zarr.storage import MemoryStore
 
 import streamlr
 from streamlr.aggregates.moments import MomentsOf
 from streamlr.dataset.blocks import Span
 from streamlr.dataset.codecs import ChunkCodec
+from streamlr.dataset.tally import Tally
+from streamlr.errors import ChunkCorrupt
 from streamlr.passes.planning import plan_pass
 
 WIDE = 300  # columns: tiles of 2,048 rows, and spans of whole tiles
@@ -466,3 +470,62 @@ def test_random_dask_chunks(small, cuts, columns):
     x, y, expected = small
     chunks = tuple(tuple(np.diff([0, *sorted(edges), end]).tolist()) for edges, end in ((cuts, 9_000), (columns, 7)))
     assert results(streamlr.Dataset(da.from_array(x, chunks=chunks), y), x) == expected
+
+
+class TestTilesOfTwoChunks:
+    """Rows that begin in one chunk and end in the next are used where the next is decoded, behind what is left of the first."""
+
+    @settings(max_examples=150, deadline=None)
+    @given(data=st.data())
+    def test_any_tiles_of_any_chunks(self, data):
+        n, height, tile = (data.draw(st.integers(1, most)) for most in (150, 60, 60))
+        x, y = np.arange(3.0 * n).reshape(n, 3), np.arange(1.0, n + 1)
+        compressors = data.draw(st.sampled_from([None, [ZstdCodec()], [BloscCodec()], [GzipCodec(level=1), Crc32cCodec()]]))
+        options = {"chunks": (height, 3), "compressors": compressors, "fill_value": -1.0}
+        group = group_of(x, y, x_options=options, y_options={"chunks": (height,)})
+        absent = data.draw(st.sets(st.integers(0, (n - 1) // height)))
+        for chunk in absent:
+            sync(group.store.delete(f"X/c/{chunk}/0"))
+            x[chunk * height : (chunk + 1) * height] = -1.0
+        reader = streamlr.open_dataset(group, allow_missing_chunks=True).reader()
+        found, edges = [], sorted({0, n, *data.draw(st.lists(st.integers(0, n), max_size=3))})
+        tally = Tally()
+
+        def note(some: Tally) -> None:
+            nonlocal tally
+            tally = tally + some
+
+        for start, stop in itertools.pairwise(edges):
+            for block in reader.blocks(Span(start, stop), note, tile):
+                np.testing.assert_array_equal(block.x, x[block.start : block.stop])
+                np.testing.assert_array_equal(block.y[:, 0], y[block.start : block.stop])
+                assert block.x.flags.c_contiguous
+                found.append((block.start, block.stop))
+        assert [start for start, _ in found] == [0, *(stop for _, stop in found[:-1])]
+        assert tally.chunks_missing == len(absent)
+
+    def test_what_is_left_of_the_first_alone_is_copied(self):
+        x, y = np.random.default_rng(0).normal(size=(300, 5)), np.ones(300)
+        group = group_of(x, y, x_options={"chunks": (100, 5), "compressors": [ZstdCodec()]}, y_options={"chunks": (100,)})
+        reader = streamlr.open_dataset(group).reader()
+        memory = set()
+        for block in reader.blocks(Span(0, 300), lambda tally: None, 64):
+            memory.add((block.x.__array_interface__["data"][0] - 40 * block.start) % (40 * 100))
+            owner = block.x
+            while isinstance(owner.base, np.ndarray):
+                owner = owner.base
+            assert owner.nbytes >= 40 * (100 + (64 if block.start else 0))
+        assert len(memory) <= 2  # chunks begin in one place, until there is first room before it
+
+    def test_a_second_chunk_that_is_damaged_leaves_the_first(self):
+        x, y = np.random.default_rng(0).normal(size=(200, 5)), np.ones(200)
+        group = group_of(x, y, x_options={"chunks": (100, 5), "compressors": [ZstdCodec(checksum=True)]})
+        stored = bytearray(sync(group.store.get("X/c/1/0", default_buffer_prototype())).to_bytes())
+        stored[-1] ^= 1
+        sync(group.store.set("X/c/1/0", default_buffer_prototype().buffer.from_bytes(bytes(stored))))
+        reader = streamlr.open_dataset(group).reader()
+        for _ in range(2):
+            with pytest.raises(ChunkCorrupt, match=r"chunk 1.0 of array 'X' \(rows 100 to 199\)"):
+                list(reader.blocks(Span(0, 200), lambda tally: None, 64))
+            for block in reader.blocks(Span(0, 100), lambda tally: None, 64):
+                np.testing.assert_array_equal(block.x, x[block.start : block.stop])

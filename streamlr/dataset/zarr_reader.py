@@ -1,0 +1,199 @@
+"""Reads a zarr array in order, chunk by chunk: each is decoded once, where its rows are wanted if that can be."""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamlr.dataset.blocks import Span
+from streamlr.dataset.buffers import Buffer
+from streamlr.dataset.codecs import ChunkCodec, ZarrCodec, check_memory, chunk_codec
+from streamlr.dataset.integrity import local_root
+from streamlr.dataset.remote import shown
+from streamlr.dataset.rows import as_float64
+from streamlr.dataset.stored_chunks import StoredChunks
+from streamlr.errors import ChunkMissing
+
+if TYPE_CHECKING:
+    from streamlr.dataset.zarr_rows import ZarrRows
+
+Position = tuple[int, ...]
+
+
+class ZarrReader:
+    """Reads a `ZarrRows` in order, holding the chunks of one row of chunks."""
+
+    def __init__(self, rows: ZarrRows) -> None:
+        self.rows = rows
+        self.chunks_missing = 0
+        self._height = rows.decoded_rows
+        self._positions = [(column,)[: rows.array.ndim - 1] for column in rows.column_chunks]  # within a row of chunks
+        self._stored = StoredChunks(rows.array, rows.label, rows.checksums)
+        self._codec = chunk_codec(rows.array) or ZarrCodec(rows.array)
+        # numbers stored plainly are used where they were read, so they need a place for each column chunk; others share one
+        self._in_place = isinstance(self._codec, ChunkCodec) and self._codec.compressor is None
+        self._copies = _column_copies(rows)
+        self._whole = rows.column_chunks == (0,) and rows.column_positions == tuple(range(rows.row_bytes // rows.dtype.itemsize))
+        # a chunk that is all of some rows, as they are computed with, is decoded where they are wanted
+        self._plain = self._whole and isinstance(self._codec, ChunkCodec) and self._codec.is_plain
+        self._read: defaultdict[int, Buffer] = defaultdict(Buffer)
+        self._decoded: defaultdict[int, Buffer] = defaultdict(Buffer)
+        self._lead = 0  # rows that there is room for before a decoded chunk
+        self._held = -1
+        self._pieces: list[NDArray[Any]] = []
+
+    def expect(self, spans: Sequence[Span]) -> None:
+        """Ask the store for the chunks of these spans, which are read next and in this order, and for no others any more."""
+        self._stored.expect(_coming(self.rows, self._held, spans))
+
+    def forget(self) -> None:
+        """Let go of the chunks that are held, and of what is known of shards."""
+        self._held, self._pieces = -1, []
+        self._stored.forget()
+
+    def read_into(self, out: NDArray[np.float64], start: int) -> None:
+        """Fill `out` (m, c) with the rows from `start` on."""
+        height = self._height
+        stop = start + len(out)
+        for row_chunk in range(start // height, -(-stop // height)):
+            first, last = max(start, row_chunk * height), min(stop, (row_chunk + 1) * height)
+            target = out[first - start : last - start]
+            if row_chunk != self._held:
+                if self._plain and last - first == height and target.flags.c_contiguous:
+                    self._decode_into(target, row_chunk)
+                    continue
+                self._hold(row_chunk, first)
+            for piece, (to, source) in zip(self._pieces, self._copies, strict=True):
+                target[:, to] = piece[first - row_chunk * height : last - row_chunk * height, source]
+
+    def view(self, start: int, stop: int) -> NDArray[np.float64] | None:
+        """Return the rows [start, stop) of a decoded chunk, or of two, where those hold all that is read of them, as it is."""
+        height = self._height
+        row_chunk = start // height
+        if self._plain and not self._in_place and (row_chunk + 1) * height < stop <= start + height:
+            return self._across(start, stop)
+        if not self._whole or stop > (row_chunk + 1) * height:
+            return None
+        if row_chunk != self._held:
+            self._hold(row_chunk, start)
+        return as_float64(self._pieces[0][start - row_chunk * height : stop - row_chunk * height])
+
+    def chunk(self, position: Position, into: NDArray[np.uint8] | None = None) -> NDArray[Any]:
+        """Return the decoded chunk at `position`, as (rows, columns), after every check that needs no other chunk.
+
+        It is valid until the next chunk of the same columns is asked for, and lies in `into` where that is given and the codec can.
+
+        Raises
+        ------
+        ChunkMissing
+            The chunk is absent or empty, and that is not allowed.
+        ChunkCorrupt
+            Its bytes cannot be what was written there.
+        """
+        codec, column = self._codec, position[-1] if len(position) == 2 else 0
+        stored = self._stored.get(position, self._read[column if self._in_place else 0])
+        if stored is None:
+            return self._filled(position)
+        if isinstance(codec, ZarrCodec):
+            decoded = codec.decode(stored, self._stored.describe, position)
+        else:
+            out = self._room(position, 0 if self._in_place else codec.nbytes) if into is None else into
+            decoded = codec.decode(stored, out, self._stored.describe, position)
+        return decoded.reshape(self._height, -1)
+
+    def _room(self, position: Position, nbytes: int) -> NDArray[np.uint8]:
+        """Return memory for a decoded chunk, behind as many rows as were ever wanted before one."""
+        column, before = position[-1] if len(position) == 2 else 0, self._lead * self.rows.row_bytes
+        try:
+            return self._decoded[column].take(before + nbytes)[before:]
+        except (MemoryError, OSError) as error:
+            check_memory(error, self._stored.describe(position), before + nbytes)
+            raise
+
+    def _across(self, start: int, stop: int) -> NDArray[np.float64]:
+        """Return rows of two chunks: those of the first are moved to before where the second is decoded then."""
+        height, row_bytes = self._height, self.rows.row_bytes
+        row_chunk = start // height
+        if row_chunk != self._held:
+            self._hold(row_chunk, start)
+        rest = self._pieces[0][start - row_chunk * height :]
+        if len(rest) > self._lead:
+            self._pieces, rest = [], rest.copy()  # out of memory that another takes the place of
+            self._lead = stop - start
+        self._pieces, self._held = [], -1
+        self._room((row_chunk + 1, *self._positions[0]), height * row_bytes)
+        rows = self._decoded[0].take((self._lead + height) * row_bytes).view(np.float64).reshape(self._lead + height, -1)
+        first = self._lead - len(rest)
+        rows[first : self._lead] = rest
+        del rest
+        self._hold(row_chunk + 1, (row_chunk + 1) * height)
+        found = rows[first : first + stop - start]
+        if not np.may_share_memory(self._pieces[0], rows):
+            found[self._lead - first :] = self._pieces[0][: len(found) - self._lead + first]
+        return found
+
+    def _filled(self, position: Position) -> NDArray[Any]:
+        """Return what an absent chunk stands for, if it may be absent, and count it."""
+        if not self.rows.may_lack_chunks:
+            raise ChunkMissing(self._absence(position))
+        self.chunks_missing += 1
+        array = self.rows.array
+        fill = 0 if array.fill_value is None else array.fill_value  # none is stated (v2): zarr reads zeros
+        return np.full(array.chunks, fill, dtype=array.dtype).reshape(self._height, -1)
+
+    def _hold(self, row_chunk: int, first: int) -> None:
+        self._held = -1  # nothing is held while a chunk is being replaced, so that an error leaves no mixture
+        self._pieces = []  # and its memory is free for the next one
+        counted = self.chunks_missing
+        self._pieces = [self.chunk((row_chunk, *columns)) for columns in self._positions]
+        if first > row_chunk * self._height:
+            self.chunks_missing = counted  # whoever reads the first row counts, so that two who share a chunk do not both
+        self._held = row_chunk
+
+    def _decode_into(self, target: NDArray[np.float64], row_chunk: int) -> None:
+        """Fill `target` with all rows of a chunk, which is not held then: nobody asks for its rows twice in a row."""
+        self._held, self._pieces = -1, []
+        numbers = self.chunk((row_chunk, *self._positions[0]), target.reshape(-1).view(np.uint8))
+        if not np.may_share_memory(numbers, target):
+            target[...] = numbers
+
+    def _absence(self, position: Position) -> str:
+        root = local_root(self.rows.array)
+        if root is not None and not (root / self.rows.array.path).is_dir():
+            return f"the store {root} is gone while array {self.rows.label!r} was being read; is it still mounted?"
+        where = shown(self.rows.array.store_path)
+        return f"{self._stored.describe(position)} is missing from {where}; restore it, {self.rows.remedy}"
+
+
+def _coming(rows: ZarrRows, held: int, spans: Sequence[Span]) -> Iterator[Position]:
+    """Iterate over the chunks that reading these spans will ask for: not for one that is held by then.
+
+    No method, which would keep its reader, and so the reader's memory, for as long as nobody has come to its end.
+    """
+    height = rows.decoded_rows
+    for span in spans:
+        first, last = span.start // height, -(-span.stop // height)
+        yield from rows.positions(first + (first == held), last)
+        held = last - 1
+
+
+def _column_copies(rows: ZarrRows) -> list[tuple[Any, Any]]:
+    """For each column chunk: where its columns go, and which they are; as slices when they are neighbours."""
+    width = rows.array.chunks[1] if rows.array.ndim == 2 else 1
+    copies = []
+    for column_chunk in rows.column_chunks:
+        held = range(column_chunk * width, (column_chunk + 1) * width)
+        pairs = [(to, column - held.start) for to, column in enumerate(rows.column_positions) if column in held]
+        to, source = zip(*pairs, strict=True)
+        copies.append((_as_slice(to), _as_slice(source)))
+    return copies
+
+
+def _as_slice(numbers: tuple[int, ...]) -> slice | list[int]:
+    steps = {b - a for a, b in itertools.pairwise(numbers)}
+    return slice(numbers[0], numbers[-1] + 1) if steps <= {1} else list(numbers)
