@@ -13,7 +13,7 @@ EPS = {"double": float(np.finfo(np.float64).eps), "single": float(np.finfo(np.fl
 CONSTANT = 32 * EPS["double"]  # a column varies by more than this beside its mean, or by rounding
 # So much of a sum of squares may be due to a centre away from the mean: four bits of float64 at most, hardly one of float32.
 MOSTLY = {"double": 15 / 16, "single": 1 / 4}
-# Zero is the centre of all features where, by some rows, no mean's square is more than this share of the mean square: a bit of it.
+# Zero is the centre of all features where by some rows no mean has a square above this share of the mean square: one bit at most.
 HARDLY = {"double": 1 / 2, "single": 1 / 8}
 SOME = 64  # rows at least, where there are as many
 ROUNDS = 4  # of centring again: each leaves some eps of the distance before it
