@@ -163,9 +163,9 @@ class Dataset:
 
     @property
     def reader_bytes(self) -> int:
-        """Most bytes that one task holds while it reads: decoded chunks, a tile, its chosen, kept and centred rows, masks."""
+        """Most bytes that one task holds while it reads: decoded chunks, a tile, its chosen and kept rows, masks."""
         tile = min(self.tile_rows, self.stored_rows) * (self.n_features + self.n_targets + 2) * 8
-        return sum(rows.reader_bytes for rows in self.arrays) + (3 + bool(self.subsets)) * tile + tile // 2
+        return sum(rows.reader_bytes for rows in self.arrays) + (2 + bool(self.subsets)) * tile + tile // 2
 
     @cached_property
     def fingerprint(self) -> str:

@@ -663,7 +663,7 @@ class TestMemory:
             streamlr.plan(streamlr.open_dataset(large), "minibatch", memory_limit=free["least"] - 60_000_000)
 
     def test_same_bits_under_rlimit_data(self, large, free):
-        limit = 730_000_000
+        limit = 720_000_000
         held = run(large, "minibatch", 1, 1, "none", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit)))
         assert held["bits"] == free["bits"]
 
