@@ -491,6 +491,31 @@ def test_an_interrupted_run_ends_by_itself_and_leaves_nothing(tmp_path: Path, st
     assert list(tmp_path.iterdir()) == []
 
 
+STOPPED_WHILE_READING = """
+import gzip, sys, time
+from streamlr.dataset.ingest import ingest
+read = gzip.GzipFile.read
+def slowly(file, size=-1):
+    time.sleep(0.05)
+    return read(file, size)
+gzip.GzipFile.read = slowly
+def stop(stage, n_rows):
+    if stage == sys.argv[3]:
+        raise KeyboardInterrupt
+ingest(sys.argv[1], sys.argv[2], formula="price ~ carat + C(cut)", rows_per_chunk=1000, progress=stop)
+"""
+
+
+@pytest.mark.parametrize("stage", ["levels", "rows"])
+def test_a_run_that_ends_while_the_disk_is_slow_does_not_abort(tmp_path: Path, stage: str):
+    # Arrow's thread is in the middle of a read when the interpreter ends
+    command = [sys.executable, "-c", STOPPED_WHILE_READING, DATA / "diamonds.csv.gz", tmp_path / "s.zarr", stage]
+    ended = subprocess.run(command, capture_output=True, timeout=60)
+    assert ended.returncode == -signal.SIGINT
+    assert ended.stderr.endswith(b"KeyboardInterrupt\n")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(("stage", "n_rows"), [("levels", 1), ("rows", 1), ("rows", 53_940)])
 def test_a_killed_run_leaves_no_store_and_running_again_succeeds(tmp_path: Path, stage: str, n_rows: int):
     source, destination = DATA / "diamonds.csv.gz", tmp_path / "s.zarr"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -21,8 +22,13 @@ def one_ahead(items: Generator[Item, None, None]) -> Generator[Item, None, None]
     >>> list(one_ahead(number for number in range(3)))
     [0, 1, 2]
     """
-    with closing(items), ThreadPoolExecutor(1, "streamlr-read-ahead") as thread:
-        coming = thread.submit(next, items, None)
-        while (item := coming.result()) is not None:
+    # A traceback may keep all this until the interpreter ends, which ends Arrow's own threads in the middle of a read: an abort
+    atexit.register(items.close)
+    try:
+        with closing(items), ThreadPoolExecutor(1, "streamlr-read-ahead") as thread:
             coming = thread.submit(next, items, None)
-            yield item
+            while (item := coming.result()) is not None:
+                coming = thread.submit(next, items, None)
+                yield item
+    finally:
+        atexit.unregister(items.close)

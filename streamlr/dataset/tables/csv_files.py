@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import re
+import time
 import zipfile
 import zlib
 from collections.abc import Collection, Generator, Iterator, Sequence
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal
 
 import numpy as np
@@ -25,6 +27,7 @@ from streamlr.errors import BadCell, DataError
 MISSING = ("", "NA", "NaN", "nan", "null", "NULL")  # the cells that stand for no value
 LARGEST_INTEGER = 2**53  # beyond it, float64 skips integers
 CACHED_BYTES = 2**20  # Arrow reads a quarter faster by blocks that stay in the processor's cache
+LETTING_GO = 0.05  # seconds: Arrow's thread still asks for the interpreter's lock, once, to let go of what it has read
 CELLS_AT_ONCE = 2**13  # but many columns should not come a few rows at a time
 NUMERAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 _NOT_FINITE = re.compile(r"[+-]?(inf(inity)?|nan(\(\w*\))?)", re.ASCII | re.IGNORECASE)
@@ -108,10 +111,12 @@ class CsvFile:
                         n_rows -= passed
                         if passed < len(block):
                             yield block.slice(passed)
-                finally:
-                    # Arrow reads the file ahead in a thread, for which a reader waits when it goes. A traceback would keep it until
-                    # the interpreter ends, which ends that thread in the middle of its work, and the wait would last for ever
+                except BaseException:
+                    # Arrow reads ahead in a thread of its own, for which nobody waits, and a thread of C++ that asks for the lock
+                    # of an interpreter that ends aborts the process
                     del reader
+                    watched.stop()
+                    raise
         if watched.quotes % 2:
             raise _OddQuotes
 
@@ -179,15 +184,23 @@ class _CountsQuotes(io.RawIOBase):
 
     def __init__(self, file: Any) -> None:
         self._file = file
+        self._reading = Lock()
         self.quotes = 0
 
     def readable(self) -> bool:
         return True
 
     def read(self, size: int = -1, /) -> bytes:
-        data: bytes = self._file.read(size)
-        self.quotes += data.count(b'"')
+        with self._reading:
+            data: bytes = self._file.read(size)
+            self.quotes += data.count(b'"')
         return data
+
+    def stop(self) -> None:
+        """Wait for whoever is reading, and be at the end of the file for all who ask later."""
+        with self._reading:
+            self._file = io.BytesIO()
+        time.sleep(LETTING_GO)
 
 
 @contextmanager
