@@ -20,14 +20,22 @@ class Buffer:
     An allocator keeps what it was given back for the process's next request, while the kernel goes on counting it; and it may hand
     out fresh pages, each a fault, for every large chunk. A mapping of its own does neither.
 
+    Parameters
+    ----------
+    lent : (nbytes,) uint8, optional
+        Memory of somebody else, to use as long as it suffices.
+
     Examples
     --------
     >>> Buffer().take(5).nbytes
     5
+    >>> memory = np.empty(5, dtype=np.uint8)
+    >>> np.shares_memory(Buffer(memory).take(5), memory), np.shares_memory(Buffer(memory).take(6), memory)
+    (True, False)
     """
 
-    def __init__(self) -> None:
-        self._bytes = np.empty(0, dtype=np.uint8)
+    def __init__(self, lent: NDArray[np.uint8] | None = None) -> None:
+        self._bytes = np.empty(0, dtype=np.uint8) if lent is None else lent
 
     @cached_property
     def another(self) -> Buffer:

@@ -70,6 +70,11 @@ class ChunkCodec:
         """Whether a chunk decodes to float64 in C order, of this machine's byte order."""
         return self.dtype == np.float64 and self.order == "C"
 
+    @property
+    def is_bare(self) -> bool:
+        """Whether a chunk is stored as its numbers and nothing else."""
+        return self.compressor is None and not self.has_checksum
+
     def decode(
         self, stored: Stored, out: NDArray[np.uint8], describe: Callable[[Position], str], position: Position
     ) -> NDArray[Any]:

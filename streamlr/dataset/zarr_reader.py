@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from streamlr.dataset.blocks import Span
 from streamlr.dataset.buffers import Buffer
 from streamlr.dataset.codecs import ChunkCodec, ZarrCodec, check_memory, chunk_codec
+from streamlr.dataset.consecutive import Consecutive
 from streamlr.dataset.integrity import local_root
 from streamlr.dataset.remote import shown
 from streamlr.dataset.rows import as_float64
@@ -26,7 +28,7 @@ Position = tuple[int, ...]
 
 
 class ZarrReader:
-    """Reads a `ZarrRows` in order, holding the chunks of one row of chunks."""
+    """Reads a `ZarrRows` in order, holding one row of chunks, or some rows of plain ones: whole, and as they are computed with."""
 
     def __init__(self, rows: ZarrRows) -> None:
         self.rows = rows
@@ -37,15 +39,17 @@ class ZarrReader:
         self._codec = chunk_codec(rows.array) or ZarrCodec(rows.array)
         # numbers stored plainly are used where they were read, so they need a place for each column chunk; others share one
         self._in_place = isinstance(self._codec, ChunkCodec) and self._codec.compressor is None
+        self._bare = isinstance(self._codec, ChunkCodec) and self._codec.is_bare
         self._copies = _column_copies(rows)
         self._whole = rows.column_chunks == (0,) and rows.column_positions == tuple(range(rows.row_bytes // rows.dtype.itemsize))
-        # a chunk that is all of some rows, as they are computed with, is decoded where they are wanted
+        # plain chunks, which are all of some rows as they are computed with, are decoded where they are wanted
         self._plain = self._whole and isinstance(self._codec, ChunkCodec) and self._codec.is_plain
         self._read: defaultdict[int, Buffer] = defaultdict(Buffer)
         self._decoded: defaultdict[int, Buffer] = defaultdict(Buffer)
-        self._lead = 0  # rows that there is room for before a decoded chunk
-        self._held = -1
-        self._pieces: list[NDArray[Any]] = []
+        self._held = -1  # the last row of chunks
+        self._rows = Consecutive(rows.n_columns)  # of plain chunks, it and some before it
+        self._most = -(-rows.n_rows // self._height) * self._height
+        self._pieces: list[NDArray[Any]] = []  # of others, it alone
 
     def expect(self, spans: Sequence[Span]) -> None:
         """Ask the store for the chunks of these spans, which are read next and in this order, and for no others any more."""
@@ -63,25 +67,24 @@ class ZarrReader:
         for row_chunk in range(start // height, -(-stop // height)):
             first, last = max(start, row_chunk * height), min(stop, (row_chunk + 1) * height)
             target = out[first - start : last - start]
-            if row_chunk != self._held:
-                if self._plain and last - first == height and target.flags.c_contiguous:
-                    self._decode_into(target, row_chunk)
-                    continue
+            if not self._plain:
                 self._hold(row_chunk, first)
-            for piece, (to, source) in zip(self._pieces, self._copies, strict=True):
-                target[:, to] = piece[first - row_chunk * height : last - row_chunk * height, source]
+                for piece, (to, source) in zip(self._pieces, self._copies, strict=True):
+                    target[:, to] = piece[first - row_chunk * height : last - row_chunk * height, source]
+            elif last - first == height and target.flags.c_contiguous and row_chunk != self._held:
+                self._decode_into(target, row_chunk)  # where it stays: nobody asks for its rows twice
+            else:
+                target[:] = self._joined(first, last, height)
 
     def view(self, start: int, stop: int) -> NDArray[np.float64] | None:
-        """Return the rows [start, stop) of a decoded chunk, or of two, where those hold all that is read of them, as it is."""
-        height = self._height
-        row_chunk = start // height
-        if self._plain and not self._in_place and (row_chunk + 1) * height < stop <= start + height:
-            return self._across(start, stop)
-        if not self._whole or stop > (row_chunk + 1) * height:
+        """Return rows as they were decoded, where that is all that is read of them and they lie in one piece."""
+        if self._plain:
+            return self._joined(start, stop, min(stop - start + self._height, self._most))
+        row_chunk, within = divmod(start, self._height)
+        if not self._whole or within + stop - start > self._height:
             return None
-        if row_chunk != self._held:
-            self._hold(row_chunk, start)
-        return as_float64(self._pieces[0][start - row_chunk * height : stop - row_chunk * height])
+        self._hold(row_chunk, start)
+        return as_float64(self._pieces[0][within : within + stop - start])
 
     def chunk(self, position: Position, into: NDArray[np.uint8] | None = None) -> NDArray[Any]:
         """Return the decoded chunk at `position`, as (rows, columns), after every check that needs no other chunk.
@@ -96,46 +99,44 @@ class ZarrReader:
             Its bytes cannot be what was written there.
         """
         codec, column = self._codec, position[-1] if len(position) == 2 else 0
-        stored = self._stored.get(position, self._read[column if self._in_place else 0])
+        lent = self._bare and into is not None
+        stored = self._stored.get(position, Buffer(into) if lent else self._read[column if self._in_place else 0])
         if stored is None:
             return self._filled(position)
         if isinstance(codec, ZarrCodec):
             decoded = codec.decode(stored, self._stored.describe, position)
         else:
-            out = self._room(position, 0 if self._in_place else codec.nbytes) if into is None else into
-            decoded = codec.decode(stored, out, self._stored.describe, position)
+            if into is None:
+                with self._memory_for(position, nbytes := 0 if self._in_place else codec.nbytes):
+                    into = self._decoded[column].take(nbytes)
+            decoded = codec.decode(stored, into, self._stored.describe, position)
         return decoded.reshape(self._height, -1)
 
-    def _room(self, position: Position, nbytes: int) -> NDArray[np.uint8]:
-        """Return memory for a decoded chunk, behind as many rows as were ever wanted before one."""
-        column, before = position[-1] if len(position) == 2 else 0, self._lead * self.rows.row_bytes
-        try:
-            return self._decoded[column].take(before + nbytes)[before:]
-        except (MemoryError, OSError) as error:
-            check_memory(error, self._stored.describe(position), before + nbytes)
-            raise
+    def _joined(self, start: int, stop: int, most: int) -> NDArray[np.float64]:
+        """Return rows of plain chunks that were decoded one behind the other, in memory for `most` rows."""
+        height, rows = self._height, self._rows
+        if start // height != self._held:
+            rows.begin(start // height * height)
+        while (row := rows.held.stop) < stop:
+            count = 1 if row < start else -(-(stop - row) // height)  # what comes before `start` makes room when it is decoded
+            with self._memory_for((row // height, *self._positions[0]), most * self.rows.row_bytes):
+                room = rows.room(count * height, most, start)
+            self._held = -1  # until all is well, so that an error leaves no mixture
+            with self._counting(row // height, start):
+                for number in range(count):
+                    self._decode_into(room[number * height : (number + 1) * height], row // height + number)
+            rows.add(count * height)
+            self._held = row // height + count - 1
+        return rows.rows(start, stop)
 
-    def _across(self, start: int, stop: int) -> NDArray[np.float64]:
-        """Return rows of two chunks: those of the first are moved to before where the second is decoded then."""
-        height, row_bytes = self._height, self.rows.row_bytes
-        row_chunk = start // height
-        if row_chunk != self._held:
-            self._hold(row_chunk, start)
-        rest = self._pieces[0][start - row_chunk * height :]
-        if len(rest) > self._lead:
-            self._pieces, rest = [], rest.copy()  # out of memory that another takes the place of
-            self._lead = stop - start
-        self._pieces, self._held = [], -1
-        self._room((row_chunk + 1, *self._positions[0]), height * row_bytes)
-        rows = self._decoded[0].take((self._lead + height) * row_bytes).view(np.float64).reshape(self._lead + height, -1)
-        first = self._lead - len(rest)
-        rows[first : self._lead] = rest
-        del rest
-        self._hold(row_chunk + 1, (row_chunk + 1) * height)
-        found = rows[first : first + stop - start]
-        if not np.may_share_memory(self._pieces[0], rows):
-            found[self._lead - first :] = self._pieces[0][: len(found) - self._lead + first]
-        return found
+    @contextmanager
+    def _memory_for(self, position: Position, nbytes: int) -> Iterator[None]:
+        """Say for which chunk there is no memory, where there is none."""
+        try:
+            yield
+        except (MemoryError, OSError) as error:
+            check_memory(error, self._stored.describe(position), nbytes)
+            raise
 
     def _filled(self, position: Position) -> NDArray[Any]:
         """Return what an absent chunk stands for, if it may be absent, and count it."""
@@ -147,20 +148,27 @@ class ZarrReader:
         return np.full(array.chunks, fill, dtype=array.dtype).reshape(self._height, -1)
 
     def _hold(self, row_chunk: int, first: int) -> None:
+        if row_chunk == self._held:
+            return
         self._held = -1  # nothing is held while a chunk is being replaced, so that an error leaves no mixture
         self._pieces = []  # and its memory is free for the next one
-        counted = self.chunks_missing
-        self._pieces = [self.chunk((row_chunk, *columns)) for columns in self._positions]
-        if first > row_chunk * self._height:
-            self.chunks_missing = counted  # whoever reads the first row counts, so that two who share a chunk do not both
+        with self._counting(row_chunk, first):
+            self._pieces = [self.chunk((row_chunk, *columns)) for columns in self._positions]
         self._held = row_chunk
 
     def _decode_into(self, target: NDArray[np.float64], row_chunk: int) -> None:
-        """Fill `target` with all rows of a chunk, which is not held then: nobody asks for its rows twice in a row."""
-        self._held, self._pieces = -1, []
+        """Fill `target` with all rows of a plain chunk."""
         numbers = self.chunk((row_chunk, *self._positions[0]), target.reshape(-1).view(np.uint8))
         if not np.may_share_memory(numbers, target):
             target[...] = numbers
+
+    @contextmanager
+    def _counting(self, row_chunk: int, first: int) -> Iterator[None]:
+        """Count absent chunks where their first row is wanted, so that two who share a chunk do not both."""
+        counted = self.chunks_missing
+        yield
+        if first > row_chunk * self._height:
+            self.chunks_missing = counted
 
     def _absence(self, position: Position) -> str:
         root = local_root(self.rows.array)

@@ -472,8 +472,8 @@ def test_random_dask_chunks(small, cuts, columns):
     assert results(streamlr.Dataset(da.from_array(x, chunks=chunks), y), x) == expected
 
 
-class TestTilesOfTwoChunks:
-    """Rows that begin in one chunk and end in the next are used where the next is decoded, behind what is left of the first."""
+class TestTilesOfSeveralChunks:
+    """Rows that begin in one chunk and end in another are used where those were decoded, each behind the one before it."""
 
     @settings(max_examples=150, deadline=None)
     @given(data=st.data())
@@ -504,18 +504,25 @@ class TestTilesOfTwoChunks:
         assert [start for start, _ in found] == [0, *(stop for _, stop in found[:-1])]
         assert tally.chunks_missing == len(absent)
 
-    def test_what_is_left_of_the_first_alone_is_copied(self):
+    @pytest.mark.parametrize("height", [7, 40, 100])
+    @pytest.mark.parametrize("compressors", [None, [ZstdCodec()]], ids=["none", "zstd"])
+    def test_chunks_are_decoded_into_one_piece_of_memory_and_nothing_but_what_is_left_is_moved(self, height, compressors):
         x, y = np.random.default_rng(0).normal(size=(300, 5)), np.ones(300)
-        group = group_of(x, y, x_options={"chunks": (100, 5), "compressors": [ZstdCodec()]}, y_options={"chunks": (100,)})
+        group = group_of(x, y, x_options={"chunks": (height, 5), "compressors": compressors}, y_options={"chunks": (100,)})
         reader = streamlr.open_dataset(group).reader()
-        memory = set()
+        memory, moved, before = set(), 0, None
         for block in reader.blocks(Span(0, 300), lambda tally: None, 64):
-            memory.add((block.x.__array_interface__["data"][0] - 40 * block.start) % (40 * 100))
+            first = block.x.__array_interface__["data"][0] - 40 * block.start  # where row 0 would be
             owner = block.x
             while isinstance(owner.base, np.ndarray):
                 owner = owner.base
-            assert owner.nbytes >= 40 * (100 + (64 if block.start else 0))
-        assert len(memory) <= 2  # chunks begin in one place, until there is first room before it
+            memory.add((owner.__array_interface__["data"][0], owner.nbytes))
+            if before not in (None, first):
+                moved += -block.start % height  # rows that were decoded with the block before it
+            before = first
+        ((_, nbytes),) = memory
+        assert 40 * (64 + height) <= nbytes <= 40 * (64 + height) * 1.04
+        assert moved < 300 * min(height, 64) / 64  # less than half a chunk for each tile
 
     def test_a_second_chunk_that_is_damaged_leaves_the_first(self):
         x, y = np.random.default_rng(0).normal(size=(200, 5)), np.ones(200)
