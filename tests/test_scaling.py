@@ -228,6 +228,44 @@ def test_a_row_is_prepared_alike_wherever_it_stands(table: tuple[Array, Array | 
             np.testing.assert_array_equal(rows.w, w[:, None] * (1 / coordinates.mean_weight))
 
 
+@given(tables(), st.booleans())
+def test_features_near_zero_may_stay_as_they_are(table: tuple[Array, Array | None, int], intercept: bool):
+    columns, weights, p = table
+    coordinates = standard_coordinates(columns, weights, p, intercept=intercept)
+    rows, block = (
+        prepared(coordinates, columns, weights),
+        Block(0, len(columns), columns[:, :p].copy(), columns[:, p:].copy(), weights),
+    )
+    near = np.abs(coordinates.mean) <= 0.7 * coordinates.scale
+    assert (coordinates.units is not None) == (near.all() and ((coordinates.scale > 1e-100) & (coordinates.scale < 1e100)).all())
+    left = coordinates.prepare_targets(replace(block, weights=None if weights is None else weights.copy()))
+    if coordinates.units is None:
+        np.testing.assert_array_equal(left.z, rows.z)
+        return
+    assert left.z is block.x
+    np.testing.assert_array_equal(left.z, columns[:, :p])
+    rng, part = np.random.default_rng(0), slice(1, len(columns))
+    b, r = rng.normal(size=(coordinates.n_trained, 2)), rng.normal(size=(len(columns) - 1, 2))
+    size = np.abs(rows.design[part]) + 1  # of a feature as it is, in its scale, and of its mean
+    np.testing.assert_allclose(left.design, rows.design, rtol=0, atol=8 * EPS * size.max())
+    difference = np.abs(left[part].times(b) - rows[part].times(b))
+    assert (difference <= 8 * EPS * len(b) * (size @ np.abs(b))).all()
+    difference = np.abs(left[part].transposed_times(r) - rows[part].transposed_times(r))
+    assert (difference <= 8 * EPS * len(r) * (size.T @ np.abs(r))).all()
+    for name in ("y", "w"):
+        np.testing.assert_array_equal(getattr(left, name), getattr(rows, name))
+
+
+@pytest.mark.parametrize(
+    ("batch", "p", "mean", "left"), [(256, 40, 0.5, True), (256, 40, 2.0, False), (256, 4, 0.5, False), (8, 4096, 0.5, False)]
+)
+def test_features_stay_as_they_are_in_large_batches_and_near_zero(batch: int, p: int, mean: float, left: bool):
+    coordinates = replace(plain_coordinates(None, p, 1, intercept=True), mean=np.full(p, mean), scale=np.full(p, 2.0))
+    x = np.random.default_rng(0).normal(size=(batch, p))
+    rows = Objective(coordinates, batch, 0.0).prepare(Block(0, batch, x.copy(), np.ones((batch, 1))))
+    np.testing.assert_array_equal(rows.z, x if left else (x - mean) * 0.5)
+
+
 # --- the objective ---------------------------------------------------------------------------------
 
 

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from streamlr.dataset.blocks import Block
 from streamlr.descent.scaling import Coordinates, Prepared
 
 Array = NDArray[np.float64]
+TALL, LARGE = 16, 8192  # rows and numbers of a batch from which on changing coefficients and sums costs less than changing rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,11 @@ class Objective:
     coordinates: Coordinates
     batch_rows: int
     ridge: float
+
+    def prepare(self, rows: Block) -> Prepared:
+        """Return rows in these coordinates where they lie: their memory is written to, so it must be the caller's."""
+        large = self.batch_rows >= TALL and self.batch_rows * self.coordinates.n_features >= LARGE
+        return self.coordinates.prepare_targets(rows) if large else self.coordinates.prepare(rows)
 
     def gradient(self, rows: Prepared, b: Array) -> tuple[Array, Array]:
         r"""Return the gradient (d, k), and the residuals y - a'b (m', k) met on the way.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import fsum
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,23 @@ from streamlr.errors import NumericalError
 Array = NDArray[np.float64]
 SMALLEST = float(np.finfo(np.float64).tiny)
 LONG = 4096  # numbers: where NumPy walks along fewer at a time, it is slow
+NEAR = 0.7  # of its scale: a mean no further from zero costs what is centred in sums, not in rows, one bit at most
+MODERATE = 1e-100, 1e100  # scales with which products of columns as they are stay in the range of float64
+
+
+class Units(NamedTuple):
+    """How features that are left as they are differ from prepared ones, which are (z - mean) * share.
+
+    Attributes
+    ----------
+    mean : (p,) float64
+        Of each.
+    share : (p, 1) float64
+        One part in its scale.
+    """
+
+    mean: Array
+    share: Array
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -25,13 +43,15 @@ class Prepared:
     Attributes
     ----------
     z : (m, p) float64
-        Features.
+        Features; as they are, where there are `units`.
     y : (m, k) float64
         Targets.
     w : (m, 1) float64 or None
         Weights.
     intercept : bool
         Whether A is [z 1], of d columns, or z.
+    units : Units or None
+        What coefficients and sums are changed by where features are not.
     doubt : callable or None
         As that of a `Block`: raises if what they were made of is NaN or infinite, where nobody has looked yet.
     """
@@ -40,31 +60,39 @@ class Prepared:
     y: Array
     w: Array | None
     intercept: bool
+    units: Units | None = None
     doubt: Callable[[], object] | None = None
 
     def __len__(self) -> int:
         return len(self.z)
 
     def __getitem__(self, part: slice) -> Prepared:
-        return Prepared(self.z[part], self.y[part], None if self.w is None else self.w[part], self.intercept, self.doubt)
+        w = None if self.w is None else self.w[part]
+        return Prepared(self.z[part], self.y[part], w, self.intercept, self.units, self.doubt)
 
     @property
     def design(self) -> Array:
-        """A, (m, d), in memory of its own where there is a column of ones."""
-        return np.hstack((self.z, np.ones((len(self.z), 1)))) if self.intercept else self.z
+        """A, (m, d), in memory of its own where it is not z."""
+        z = self.z if self.units is None else (self.z - self.units.mean) * self.units.share[:, 0]
+        return np.hstack((z, np.ones((len(z), 1)))) if self.intercept else z
 
     def times(self, b: Array, out: Array | None = None) -> Array:
         """Return A b, (m, k), of coefficients (d, k), in `out` if that is given."""
-        p = self.z.shape[1]
-        product: Array = self.z.dot(b[:p], out=out)
+        p, units = self.z.shape[1], self.units
+        of_z = b[:p] if units is None else units.share * b[:p]
+        product: Array = self.z.dot(of_z, out=out)
         if self.intercept:
-            product += b[p]
+            product += b[p] if units is None else b[p] - units.mean.dot(of_z)
         return product
 
     def transposed_times(self, r: Array) -> Array:
         """Return A' r, (d, k), of residuals (m, k)."""
         product: Array = self.z.T.dot(r)
-        return np.concatenate((product, r.sum(axis=0, keepdims=True))) if self.intercept else product
+        sums = r.sum(axis=0, keepdims=True)
+        if self.units is not None:
+            product -= self.units.mean[:, None] * sums
+            product *= self.units.share
+        return np.concatenate((product, sums)) if self.intercept else product
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -110,6 +138,13 @@ class Coordinates:
         """Number of targets, k."""
         return len(self.target_mean)
 
+    @property
+    def units(self) -> Units | None:
+        """How features differ from prepared ones, where sums can make up for that at the cost of one bit at most; else None."""
+        least, most = MODERATE
+        near = (np.abs(self.mean) <= NEAR * self.scale) & (least < self.scale) & (self.scale < most)
+        return Units(self.mean, 1 / self.scale[:, None]) if near.all() else None
+
     def prepare(self, rows: Block) -> Prepared:
         """Return rows in these coordinates where they lie, in C order: their memory is written to, so it must be the caller's."""
         return self._prepared(rows, rows)
@@ -119,14 +154,19 @@ class Coordinates:
         weights = None if rows.weights is None else np.empty_like(rows.weights)
         return self._prepared(rows, Block(rows.start, rows.stop, np.empty(rows.x.shape), np.empty(rows.y.shape), weights))
 
-    def _prepared(self, rows: Block, out: Block) -> Prepared:
+    def prepare_targets(self, rows: Block) -> Prepared:
+        """Return rows as `prepare` does, but with features as they are, where there are `units`."""
+        return self._prepared(rows, rows, self.units)
+
+    def _prepared(self, rows: Block, out: Block, units: Units | None = None) -> Prepared:
         w = None
         with np.errstate(all="ignore"):  # what leaves the range of float64 shows in what is made of it
-            _standardise(rows.x, self.mean, self.scale, out.x)
+            if units is None:
+                _standardise(rows.x, self.mean, self.scale, out.x)
             _standardise(rows.y, self.target_mean, self.target_scale, out.y)
             if rows.weights is not None and out.weights is not None:
                 w = np.multiply(rows.weights, 1 / self.mean_weight, out=out.weights)[:, None]
-        return Prepared(out.x, out.y, w, self.intercept, rows.doubt)
+        return Prepared(out.x, out.y, w, self.intercept, units, rows.doubt)
 
     def start(self) -> Array:
         """Return coefficients (d, k) of zero: each target's mean for every row, where there is an intercept."""
