@@ -119,9 +119,9 @@ class ZarrReader:
             rows.begin(start // height * height)
         while (row := rows.held.stop) < stop:
             count = 1 if row < start else -(-(stop - row) // height)  # what comes before `start` makes room when it is decoded
+            self._held = -1  # until all is well, so that an error leaves no mixture
             with self._memory_for((row // height, *self._positions[0]), most * self.rows.row_bytes):
                 room = rows.room(count * height, most, start)
-            self._held = -1  # until all is well, so that an error leaves no mixture
             with self._counting(row // height, start):
                 for number in range(count):
                     self._decode_into(room[number * height : (number + 1) * height], row // height + number)

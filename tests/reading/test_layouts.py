@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
+import mmap
 from dataclasses import dataclass
 
 import dask
@@ -24,7 +26,7 @@ from streamlr.aggregates.moments import MomentsOf
 from streamlr.dataset.blocks import Span
 from streamlr.dataset.codecs import ChunkCodec
 from streamlr.dataset.tally import Tally
-from streamlr.errors import ChunkCorrupt
+from streamlr.errors import ChunkCorrupt, MemoryLimitExceeded
 from streamlr.passes.planning import plan_pass
 
 WIDE = 300  # columns: tiles of 2,048 rows, and spans of whole tiles
@@ -523,6 +525,23 @@ class TestTilesOfSeveralChunks:
         ((_, nbytes),) = memory
         assert 40 * (64 + height) <= nbytes <= 40 * (64 + height) * 1.04
         assert moved < 300 * min(height, 64) / 64  # less than half a chunk for each tile
+
+    def test_rows_that_there_is_no_memory_for_are_read_anew_later(self, monkeypatch):
+        x, y = np.random.default_rng(0).normal(size=(200, 5)), np.ones(200)
+        group = group_of(x, y, x_options={"chunks": (50, 5), "compressors": [ZstdCodec()]}, y_options={"chunks": (50,)})
+        reader = streamlr.open_dataset(group).reader()
+        list(reader.blocks(Span(0, 50), lambda tally: None, 50))
+
+        def refuse(*args, **kwargs):
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+        for _ in range(2):
+            with monkeypatch.context() as short:
+                short.setattr(mmap, "mmap", refuse)
+                with pytest.raises(MemoryLimitExceeded, match=r"chunk .* of array 'X'"):
+                    list(reader.blocks(Span(30, 200), lambda tally: None, 200))
+        (block,) = reader.blocks(Span(30, 200), lambda tally: None, 200)
+        np.testing.assert_array_equal(block.x, x[30:])
 
     def test_a_second_chunk_that_is_damaged_leaves_the_first(self):
         x, y = np.random.default_rng(0).normal(size=(200, 5)), np.ones(200)

@@ -27,8 +27,8 @@ from streamlr.errors import BadCell, DataError
 MISSING = ("", "NA", "NaN", "nan", "null", "NULL")  # the cells that stand for no value
 LARGEST_INTEGER = 2**53  # beyond it, float64 skips integers
 CACHED_BYTES = 2**20  # Arrow reads a quarter faster by blocks that stay in the processor's cache
-LETTING_GO = 0.05  # seconds: Arrow's thread still asks for the interpreter's lock, once, to let go of what it has read
 CELLS_AT_ONCE = 2**13  # but many columns should not come a few rows at a time
+LETTING_GO = 0.05  # seconds, in which Arrow's thread gets the interpreter's lock once more, to let go of what it has read
 NUMERAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 _NOT_FINITE = re.compile(r"[+-]?(inf(inity)?|nan(\(\w*\))?)", re.ASCII | re.IGNORECASE)
 
