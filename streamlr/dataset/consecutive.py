@@ -53,7 +53,7 @@ class Consecutive:
             if most > len(self._rows):
                 kept = kept.copy()
                 self.begin(stop)
-                self._rows = self._rows[:0]
+                self._rows = np.empty((0, self._width))  # a part of the old ones would keep their memory
                 self._rows = self._buffer.take(8 * most * self._width).view(np.float64).reshape(most, self._width)
             self._rows.ravel()[: kept.size] = kept.ravel()  # in one dimension NumPy moves what overlaps without a copy
             self.held, self._end = Span(stop - len(kept), stop), len(kept)

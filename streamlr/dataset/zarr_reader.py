@@ -28,7 +28,7 @@ Position = tuple[int, ...]
 
 
 class ZarrReader:
-    """Reads a `ZarrRows` in order, holding one row of chunks, or some rows of plain ones: whole, and as they are computed with."""
+    """Reads a `ZarrRows` in order, holding the last row of chunks; of plain chunks, rows before it too."""
 
     def __init__(self, rows: ZarrRows) -> None:
         self.rows = rows
@@ -48,7 +48,7 @@ class ZarrReader:
         self._decoded: defaultdict[int, Buffer] = defaultdict(Buffer)
         self._held = -1  # the last row of chunks
         self._rows = Consecutive(rows.n_columns)  # of plain chunks, it and some before it
-        self._most = -(-rows.n_rows // self._height) * self._height
+        self._most = -(-rows.n_rows // self._height) * self._height  # rows in all chunks
         self._pieces: list[NDArray[Any]] = []  # of others, it alone
 
     def expect(self, spans: Sequence[Span]) -> None:
@@ -72,7 +72,8 @@ class ZarrReader:
                 for piece, (to, source) in zip(self._pieces, self._copies, strict=True):
                     target[:, to] = piece[first - row_chunk * height : last - row_chunk * height, source]
             elif last - first == height and target.flags.c_contiguous and row_chunk != self._held:
-                self._decode_into(target, row_chunk)  # where it stays: nobody asks for its rows twice
+                self._held = -1  # nor is this one: what is expected goes by the last chunk that was read
+                self._decode_into(target, row_chunk)
             else:
                 target[:] = self._joined(first, last, height)
 
@@ -120,7 +121,7 @@ class ZarrReader:
         while (row := rows.held.stop) < stop:
             count = 1 if row < start else -(-(stop - row) // height)  # what comes before `start` makes room when it is decoded
             self._held = -1  # until all is well, so that an error leaves no mixture
-            with self._memory_for((row // height, *self._positions[0]), most * self.rows.row_bytes):
+            with self._memory_for((row // height, *self._positions[0]), height * self.rows.row_bytes):
                 room = rows.room(count * height, most, start)
             with self._counting(row // height, start):
                 for number in range(count):

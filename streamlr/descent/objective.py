@@ -38,7 +38,7 @@ class Objective:
     ridge: float
 
     def prepare(self, rows: Block) -> Prepared:
-        """Return rows in these coordinates where they lie: their memory is written to, so it must be the caller's."""
+        """Return rows for batches of this size, in these coordinates or with their units, in their own memory, the caller's."""
         large = self.batch_rows >= TALL and self.batch_rows * self.coordinates.n_features >= LARGE
         return self.coordinates.prepare_targets(rows) if large else self.coordinates.prepare(rows)
 

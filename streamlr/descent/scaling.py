@@ -17,7 +17,7 @@ from streamlr.errors import NumericalError
 Array = NDArray[np.float64]
 SMALLEST = float(np.finfo(np.float64).tiny)
 LONG = 4096  # numbers: where NumPy walks along fewer at a time, it is slow
-NEAR = 0.7  # of its scale: a mean no further from zero costs what is centred in sums, not in rows, one bit at most
+NEAR = 0.7  # of its scale: a mean no further from zero costs what is centred in sums, not in rows, one bit of that scale at most
 MODERATE = 1e-100, 1e100  # scales with which products of columns as they are stay in the range of float64
 
 
@@ -38,7 +38,7 @@ class Units(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prepared:
-    """Rows in the coordinates of a descent; the column of ones of their design A is nowhere but in its products.
+    """Rows in the coordinates of a descent, if only by their units; the column of ones of their design A is in its products alone.
 
     Attributes
     ----------

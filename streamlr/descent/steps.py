@@ -205,6 +205,7 @@ class Walk:
     def _reduce_rows(self, rows: Prepared, transform: Array | None, out: Array) -> Array | None:
         """Write AT into `out`, and return T, shortened where a row alone curves the cost more than the sample promised of all."""
         if transform is None:
+            assert rows.units is None, "features stay as they are in large batches only"
             out[:, : rows.z.shape[1]], out[:, rows.z.shape[1] :] = rows.z, 1.0
             return None
         rows.times(transform, out)

@@ -24,7 +24,7 @@ from zarr.storage import LocalStore, MemoryStore, WrapperStore
 
 import streamlr
 from streamlr.dataset import files_ahead, read_ahead, stored_chunks
-from streamlr.dataset.blocks import Span
+from streamlr.dataset.blocks import Block, Span
 from streamlr.dataset.read_ahead import AHEAD_BYTES, ReadAhead, chunks_ahead
 from streamlr.errors import ChunkCorrupt, ChunkMissing, DataError
 
@@ -213,19 +213,20 @@ def test_spans_that_share_a_chunk_read_it_once(memory, rows):
     assert set(store.asked.values()) == {1}
 
 
+@pytest.mark.parametrize("filled", [False, True])
 @settings(deadline=None, max_examples=20)
 @given(st.lists(st.integers(1, N - 1), max_size=6, unique=True), st.randoms(use_true_random=False))
-def test_spans_in_any_order_that_are_expected_ask_for_what_each_would_ask_for_by_itself(memory, rows, edges, shuffling):
+def test_spans_in_any_order_that_are_expected_ask_for_what_each_would_ask_for_by_itself(memory, rows, filled, edges, shuffling):
     ends = [0, *sorted(edges), N]
     spans = [Span(a, b) for a, b in itertools.pairwise(ends)]
     shuffling.shuffle(spans)
     alone, together = WatchedStore(memory), WatchedStore(memory)
     one, other = opened(alone).reader(), opened(together).reader()
     for span in spans:
-        read_span(one, span)
+        read_span(one, span, filled)
     with other.expecting(spans):
         for span in spans:
-            x, y = read_span(other, span)
+            x, y = read_span(other, span, filled)
             assert (x == rows[0][span.start : span.stop]).all()
             assert (y == rows[1][span.start : span.stop]).all()
     asked_alone, asked_together = (
@@ -235,7 +236,24 @@ def test_spans_in_any_order_that_are_expected_ask_for_what_each_would_ask_for_by
     assert together.settled() == 0
 
 
-def read_span(reader, span: Span) -> tuple[np.ndarray, np.ndarray]:
+def test_chunks_that_were_decoded_where_they_stay_are_not_taken_for_held_ones(memory, rows):
+    store = WatchedStore(memory)
+    reader = opened(store).reader()
+    spans = [Span(400, 1_800), Span(0, 400)]  # of y: a part of chunk 0, which is held, and all of others, which are not
+    with reader.expecting(spans):
+        for span in spans:
+            x, y = read_span(reader, span, filled=True)
+            assert (x == rows[0][span.start : span.stop]).all()
+            assert (y == rows[1][span.start : span.stop]).all()
+        assert not any(side._readers[0]._stored._ahead._asked for side in (reader._x, reader._y))
+    assert store.settled() == 0
+
+
+def read_span(reader, span: Span, filled: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    if filled:
+        m = span.stop - span.start
+        block = reader.fill(span, lambda tally: None, Block(0, m, np.empty((m, P)), np.empty((m, 1))))
+        return block.x, block.y[:, 0]
     blocks = [block.copy() for block in reader.blocks(span, lambda tally: None)]
     return np.concatenate([block.x for block in blocks]), np.concatenate([block.y[:, 0] for block in blocks])
 

@@ -95,28 +95,28 @@ class CsvFile:
         pa, arrow_csv = load_extra("pyarrow"), load_extra("pyarrow.csv")
         types = {name: pa.float64() for name in numbers} | {name: pa.string() for name in texts}
         with _opened(self) as file:
-            watched = _CountsQuotes(file)
-            with arrow_csv.open_csv(
-                watched,
-                read_options=arrow_csv.ReadOptions(block_size=block_bytes),
-                # in a file of one column an empty line is a missing value; elsewhere it is nothing
-                parse_options=arrow_csv.ParseOptions(newlines_in_values=True, ignore_empty_lines=len(self.columns) > 1),
-                convert_options=arrow_csv.ConvertOptions(
-                    column_types=types, include_columns=list(types), null_values=list(MISSING), strings_can_be_null=True
-                ),
-            ) as reader:
-                try:
+            watched, reader = _CountsQuotes(file), None
+            try:
+                with arrow_csv.open_csv(
+                    watched,
+                    read_options=arrow_csv.ReadOptions(block_size=block_bytes),
+                    # in a file of one column an empty line is a missing value; elsewhere it is nothing
+                    parse_options=arrow_csv.ParseOptions(newlines_in_values=True, ignore_empty_lines=len(self.columns) > 1),
+                    convert_options=arrow_csv.ConvertOptions(
+                        column_types=types, include_columns=list(types), null_values=list(MISSING), strings_can_be_null=True
+                    ),
+                ) as reader:
                     for block in reader:
                         passed = min(n_rows, len(block))
                         n_rows -= passed
                         if passed < len(block):
                             yield block.slice(passed)
-                except BaseException:
-                    # Arrow reads ahead in a thread of its own, for which nobody waits, and a thread of C++ that asks for the lock
-                    # of an interpreter that ends aborts the process
-                    del reader
-                    watched.stop()
-                    raise
+            except BaseException:
+                # Arrow reads ahead in a thread of its own, for which nobody waits, and a thread of C++ that asks for the lock of an
+                # interpreter that ends aborts the process
+                reader = None  # which a traceback would keep until then
+                watched.stop()
+                raise
         if watched.quotes % 2:
             raise _OddQuotes
 
