@@ -118,7 +118,7 @@ class ZarrReader:
         height, rows = self._height, self._rows
         if start // height != self._held:
             rows.begin(start // height * height)
-        while (row := rows.held.stop) < stop:
+        while (row := rows.stop) < stop:
             count = 1 if row < start else -(-(stop - row) // height)  # what comes before `start` makes room when it is decoded
             self._held = -1  # until all is well, so that an error leaves no mixture
             with self._memory_for((row // height, *self._positions[0]), height * self.rows.row_bytes):
