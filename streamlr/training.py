@@ -209,7 +209,7 @@ class Training:
         return float(np.ldexp(moments.mean[0], moments.units[0]))
 
     def _loop(self, rows: Dataset, held_out: Dataset | None, walk: Walk, kept: Checkpoint | None, plan: Plan) -> Loop:
-        order, prepare = self._order(rows), walk.objective.prepare
+        order, prepare = self._order(rows), walk.objective.preparation()
         reading: dict[str, Any] = {"task": self.options.mode, "progress": self.progress}
         save = _nothing if kept is None else kept.save
         common = (self.options, walk, rows.target_names, self._validation(held_out), self._record(rows), save)

@@ -238,7 +238,7 @@ def test_features_near_zero_may_stay_as_they_are(table: tuple[Array, Array | Non
     )
     near = np.abs(coordinates.mean) <= 0.7 * coordinates.scale
     assert (coordinates.units is not None) == (near.all() and ((coordinates.scale > 1e-100) & (coordinates.scale < 1e100)).all())
-    left = coordinates.prepare_targets(replace(block, weights=None if weights is None else weights.copy()))
+    left = coordinates.prepare(replace(block, weights=None if weights is None else weights.copy()), coordinates.units)
     if coordinates.units is None:
         np.testing.assert_array_equal(left.z, rows.z)
         return
@@ -262,7 +262,7 @@ def test_features_near_zero_may_stay_as_they_are(table: tuple[Array, Array | Non
 def test_features_stay_as_they_are_in_large_batches_and_near_zero(batch: int, p: int, mean: float, left: bool):
     coordinates = replace(plain_coordinates(None, p, 1, intercept=True), mean=np.full(p, mean), scale=np.full(p, 2.0))
     x = np.random.default_rng(0).normal(size=(batch, p))
-    rows = Objective(coordinates, batch, 0.0).prepare(Block(0, batch, x.copy(), np.ones((batch, 1))))
+    rows = Objective(coordinates, batch, 0.0).preparation()(Block(0, batch, x.copy(), np.ones((batch, 1))))
     np.testing.assert_array_equal(rows.z, x if left else (x - mean) * 0.5)
 
 

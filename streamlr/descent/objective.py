@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,10 +39,10 @@ class Objective:
     batch_rows: int
     ridge: float
 
-    def prepare(self, rows: Block) -> Prepared:
-        """Return rows for batches of this size, in these coordinates or with their units, in their own memory, the caller's."""
+    def preparation(self) -> Callable[[Block], Prepared]:
+        """Return what prepares rows for batches of this size where they lie: in these coordinates, or with features as they are."""
         large = self.batch_rows >= TALL and self.batch_rows * self.coordinates.n_features >= LARGE
-        return self.coordinates.prepare_targets(rows) if large else self.coordinates.prepare(rows)
+        return partial(self.coordinates.prepare, units=self.coordinates.units if large else None)
 
     def gradient(self, rows: Prepared, b: Array) -> tuple[Array, Array]:
         r"""Return the gradient (d, k), and the residuals y - a'b (m', k) met on the way.

@@ -145,18 +145,17 @@ class Coordinates:
         near = (np.abs(self.mean) <= NEAR * self.scale) & (least < self.scale) & (self.scale < most)
         return Units(self.mean, 1 / self.scale[:, None]) if near.all() else None
 
-    def prepare(self, rows: Block) -> Prepared:
-        """Return rows in these coordinates where they lie, in C order: their memory is written to, so it must be the caller's."""
-        return self._prepared(rows, rows)
+    def prepare(self, rows: Block, units: Units | None = None) -> Prepared:
+        """Return rows in these coordinates where they lie, in C order: their memory is written to, so it must be the caller's.
+
+        Features stay as they are where their `units` are given.
+        """
+        return self._prepared(rows, rows, units)
 
     def prepared(self, rows: Block) -> Prepared:
         """Return rows in these coordinates, in memory of their own."""
         weights = None if rows.weights is None else np.empty_like(rows.weights)
         return self._prepared(rows, Block(rows.start, rows.stop, np.empty(rows.x.shape), np.empty(rows.y.shape), weights))
-
-    def prepare_targets(self, rows: Block) -> Prepared:
-        """Return rows as `prepare` does, but with features as they are, where there are `units`."""
-        return self._prepared(rows, rows, self.units)
 
     def _prepared(self, rows: Block, out: Block, units: Units | None = None) -> Prepared:
         w = None
@@ -260,7 +259,7 @@ def _standardise(rows: Array, mean: Array, scale: Array, out: Array) -> None:
         out[:] = rows
         rows = out
     share = 1 / scale  # a product takes a third of the time of a division
-    together = max(LONG // max(len(mean), 1), 1)
+    together = 1 if len(mean) == 1 else max(LONG // max(len(mean), 1), 1)  # one column is a long row by itself
     together = min(1 << (together.bit_length() - 1), max(len(out), 1))  # of which whole pieces, powers of two, leave no rest
     whole = len(out) - len(out) % together
     for part, times in (slice(whole), together), (slice(whole, None), 1):
