@@ -100,6 +100,16 @@ class Moments:
     def __add__(self, other: Moments) -> Moments:
         if not isinstance(other, Moments):
             return NotImplemented
+        return self._and(other, np.empty_like(self.scatter))
+
+    def __iadd__(self, other: Moments) -> Moments:
+        """Return the sum, with the same bits, in the memory of this scatter: nobody may use these moments any more."""
+        if not isinstance(other, Moments):
+            return NotImplemented
+        return self._and(other, self.scatter)
+
+    def _and(self, other: Moments, merged: NDArray[np.float64]) -> Moments:
+        """Return the sum, with its scatter in `merged`, which may be that of either."""
         if (self.feature_names, self.target_names) != (other.feature_names, other.target_names):
             raise UsageError(
                 f"moments of different columns cannot be added: {self.feature_names + self.target_names} "
@@ -121,7 +131,6 @@ class Moments:
         mean, rest = exact_sum(mean, left + rest)
         step *= np.sqrt(heavy.weight_sum) * np.sqrt(share)
         with np.errstate(over="ignore"):
-            merged = np.empty_like(scatter)
             for first in range(0, len(step), STRIP):
                 rows = slice(first, first + STRIP)
                 np.add(scatter[rows], other_scatter[rows], out=merged[rows])

@@ -17,7 +17,7 @@ from streamlr.errors import RowCountMismatch
 
 
 class Summary(Protocol):
-    """A small value that adds up: what a statistic leaves of some rows."""
+    """A small value that adds up: what a statistic leaves of some rows; `+=` may use the memory of its left side, which is lost."""
 
     def __add__(self, other: Self, /) -> Self:
         """Return the value of both sets of rows."""
@@ -79,6 +79,7 @@ class Partial(Generic[S]):
         self.tree = tree
         self.statistic = statistic
         self.nodes: dict[Node, S] = {}
+        self._made: set[Node] = set()  # whose values were made here, and are nobody else's
         self.ragged: dict[int, list[Block]] = {}
 
     def take(self, block: Block) -> None:
@@ -93,7 +94,7 @@ class Partial(Generic[S]):
         if tile is not None:
             if tile in self.ragged:
                 raise RowCountMismatch(_twice(block.start, block.stop))
-            self._add((0, tile), self.statistic.of(block))
+            self._add((0, tile), self.statistic.of(block), made=True)
             return
         number = block.start // self.tree.tile_rows
         pieces = sorted([*self.ragged.pop(number, []), block.copy()], key=lambda piece: piece.start)
@@ -108,13 +109,13 @@ class Partial(Generic[S]):
         if self.tree.tile_of(joined[0]) is None:
             self.ragged[number] = joined
         else:
-            self._add((0, number), self.statistic.of(joined[0]))
+            self._add((0, number), self.statistic.of(joined[0]), made=True)
 
     def join(self, others: Iterable[Partial[S]]) -> Self:
-        """Take over what other partials hold, and return this one; their rows must not be here already."""
+        """Take over what other partials hold, changing none of it, and return this one; their rows must not be here already."""
         for other in others:
             for node, value in other.nodes.items():
-                self._add(node, value)
+                self._add(node, value, made=False)
             for pieces in other.ragged.values():
                 for piece in pieces:
                     self.take(piece)
@@ -142,16 +143,23 @@ class Partial(Generic[S]):
             value = self.nodes[node] + value
         return value
 
-    def _add(self, node: Node, value: S) -> None:
+    def _add(self, node: Node, value: S, *, made: bool) -> None:
         level, index = node
         first, last = index << level, (index + 1) << level
         for other_level, other in self.nodes:
             if first < (other + 1) << other_level and other << other_level < last:
                 raise RowCountMismatch(_twice(first * self.tree.tile_rows, last * self.tree.tile_rows))
-        while (sibling := self.nodes.pop((level, index ^ 1), None)) is not None:
-            value = value + sibling if index % 2 == 0 else sibling + value
-            level, index = level + 1, index // 2
+        while (sibling := self.nodes.pop(beside := (level, index ^ 1), None)) is not None:
+            left, right, ours = (value, sibling, made) if index % 2 == 0 else (sibling, value, beside in self._made)
+            if ours:
+                left += right
+            else:
+                left = left + right
+            self._made.discard(beside)
+            value, made, level, index = left, True, level + 1, index // 2
         self.nodes[level, index] = value
+        if made:
+            self._made.add((level, index))
 
 
 def open_nodes(n_tiles: int) -> int:
