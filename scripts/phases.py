@@ -33,7 +33,7 @@ PHASES = {
     "centre": ("streamlr.aggregates.moments:MomentsOf.of",),  # all of it but the product of the features
     # of few columns, centring too
     "product": ("streamlr.aggregates.centred:_square", "streamlr.aggregates.centred:_products_of_columns"),
-    "merge": ("streamlr.aggregates.moments:Moments.__add__",),
+    "merge": ("streamlr.aggregates.moments:Moments._merged",),
     "solve": ("streamlr.api:_solved",),
 }
 REST = "other, wait"

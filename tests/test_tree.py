@@ -119,6 +119,17 @@ def test_a_whole_tile_twice_is_named_by_its_rows():
         rows.partial(0, 32, MomentsOf(*NAMES)).join([rows.partial(8, 16, MomentsOf(*NAMES))])
 
 
+def test_what_was_joined_may_go_on_and_change_nothing_elsewhere():
+    rows = Rows(np.random.default_rng(0).standard_normal((4 * TILE, 3)), None, np.ones(4 * TILE, dtype=bool))
+    for statistic in (MomentsOf(*NAMES), ResidualsOf(np.ones((2, 1)), np.zeros(1), ("y0",))):
+        first = rows.partial(0, TILE, statistic)
+        joined = Partial(first.tree, statistic).join([first, rows.partial(2 * TILE, 4 * TILE, statistic)])
+        expected = rows.partial(0, TILE, statistic).join([rows.partial(2 * TILE, 4 * TILE, statistic)])
+        first.take(rows.block(TILE, 2 * TILE))
+        assert joined.nodes.keys() == expected.nodes.keys()
+        assert all(same_bits(value, expected.nodes[node]) for node, value in joined.nodes.items())
+
+
 def test_joining_leaves_the_joined_as_they_were():
     rows = Rows(np.random.default_rng(0).standard_normal((50, 3)), None, np.ones(50, dtype=bool))
     statistic = MomentsOf(*NAMES)
@@ -142,6 +153,8 @@ def test_open_nodes_are_as_few_as_planned(n_tiles: int, data: st.DataObject):
     class Count(int):
         def __add__(self, other: int) -> Count:
             return Count(int(self) + int(other))
+
+        absorb = __add__
 
     class Counting:
         nbytes = 8

@@ -97,6 +97,10 @@ class Residuals:
     def __add__(self, other: Residuals) -> Residuals:
         return Residuals(self.magnitudes + other.magnitudes, self.moments + other.moments)
 
+    def absorb(self, other: Residuals) -> Residuals:
+        """Return the sum in the memory of these moments: use these sums no more."""
+        return Residuals(self.magnitudes + other.magnitudes, self.moments.absorb(other.moments))
+
     def cost(self) -> Cost:
         """Return the cost that these sums amount to."""
         moments, k = self.moments, self.moments.n_targets

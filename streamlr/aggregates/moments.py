@@ -100,16 +100,14 @@ class Moments:
     def __add__(self, other: Moments) -> Moments:
         if not isinstance(other, Moments):
             return NotImplemented
-        return self._and(other, np.empty_like(self.scatter))
+        return self._merged(other, np.empty_like(self.scatter))
 
-    def __iadd__(self, other: Moments) -> Moments:
-        """Return the sum, with the same bits, in the memory of this scatter: nobody may use these moments any more."""
-        if not isinstance(other, Moments):
-            return NotImplemented
-        return self._and(other, self.scatter)
+    def absorb(self, other: Moments) -> Moments:
+        """Return the sum, with the same bits, in the memory of this scatter unless there are no rows: use these no more."""
+        return self._merged(other, self.scatter)
 
-    def _and(self, other: Moments, merged: NDArray[np.float64]) -> Moments:
-        """Return the sum, with its scatter in `merged`, which may be that of either."""
+    def _merged(self, other: Moments, merged: NDArray[np.float64]) -> Moments:
+        """Return the sum, with its scatter in `merged`, which may be this one's."""
         if (self.feature_names, self.target_names) != (other.feature_names, other.target_names):
             raise UsageError(
                 f"moments of different columns cannot be added: {self.feature_names + self.target_names} "

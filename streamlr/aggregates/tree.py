@@ -17,10 +17,14 @@ from streamlr.errors import RowCountMismatch
 
 
 class Summary(Protocol):
-    """A small value that adds up: what a statistic leaves of some rows; `+=` may use the memory of its left side, which is lost."""
+    """A small value that adds up: what a statistic leaves of some rows."""
 
     def __add__(self, other: Self, /) -> Self:
-        """Return the value of both sets of rows."""
+        """Return the value of both sets of rows, in memory of its own."""
+        ...
+
+    def absorb(self, other: Self, /) -> Self:
+        """Return the sum, with the same bits, perhaps in the memory of this value: nobody may use that any more."""
         ...
 
 
@@ -42,7 +46,7 @@ class Statistic(Protocol[S_co]):
         ...
 
     def of(self, block: Block) -> S_co:
-        """Return the value of the rows of `block`, keeping no reference to them; `confirm` it where the value is not finite."""
+        """Return the value of the rows of `block`, in memory of its own; `confirm` the block where the value is not finite."""
         ...
 
 
@@ -112,10 +116,11 @@ class Partial(Generic[S]):
             self._add((0, number), self.statistic.of(joined[0]), made=True)
 
     def join(self, others: Iterable[Partial[S]]) -> Self:
-        """Take over what other partials hold, changing none of it, and return this one; their rows must not be here already."""
+        """Take over what other partials hold, changing no value, and return this one; their rows must not be here already."""
         for other in others:
             for node, value in other.nodes.items():
                 self._add(node, value, made=False)
+            other._made.clear()  # they are here as well now
             for pieces in other.ragged.values():
                 for piece in pieces:
                     self.take(piece)
@@ -149,14 +154,14 @@ class Partial(Generic[S]):
         for other_level, other in self.nodes:
             if first < (other + 1) << other_level and other << other_level < last:
                 raise RowCountMismatch(_twice(first * self.tree.tile_rows, last * self.tree.tile_rows))
-        while (sibling := self.nodes.pop(beside := (level, index ^ 1), None)) is not None:
-            left, right, ours = (value, sibling, made) if index % 2 == 0 else (sibling, value, beside in self._made)
-            if ours:
-                left += right
-            else:
-                left = left + right
+        while (beside := (level, index ^ 1)) in self.nodes:
+            sibling, sibling_made = self.nodes.pop(beside), beside in self._made
             self._made.discard(beside)
-            value, made, level, index = left, True, level + 1, index // 2
+            if index % 2 == 0:
+                value = value.absorb(sibling) if made else value + sibling
+            else:
+                value = sibling.absorb(value) if sibling_made else sibling + value
+            made, level, index = True, level + 1, index // 2
         self.nodes[level, index] = value
         if made:
             self._made.add((level, index))

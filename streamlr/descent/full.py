@@ -70,6 +70,10 @@ class Sums:
             self.residuals + other.residuals,
         )
 
+    def absorb(self, other: Sums) -> Sums:
+        """Return the sum, in memory of its own."""
+        return self + other
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SumsOf:
