@@ -27,7 +27,8 @@ from hypothesis import strategies as st
 
 from streamlr.dataset.tables.ahead import one_ahead
 from streamlr.dataset.tables.batches import open_table, read_batches, wordy_columns
-from streamlr.dataset.tables.csv_files import CACHED_BYTES, MISSING, is_number
+from streamlr.dataset.tables.csv_files import CACHED_BYTES, MISSING, CsvFile, is_number
+from streamlr.dataset.tables.levels import collect_levels
 from streamlr.errors import BadCell, DataError, PathNotFound, UnsupportedDtype, UsageError
 
 pa = pytest.importorskip("pyarrow")
@@ -156,6 +157,14 @@ def test_the_place_of_a_row_counts_lines_within_cells(tmp_path: Path):
     table = open_table(write(tmp_path, 'x,z\n1,"a\n\nb"\n\n2,c\n'))
     (batch,) = read_batches(table, numbers=["x"])
     assert batch.keep(np.array([False, True])).place(0, "x").endswith("t.csv, line 6, column 'x'")
+
+
+def test_no_line_is_looked_for_where_nothing_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A file is read from its start to find one: of many blocks, that would be again for each."""
+    monkeypatch.setattr(CsvFile, "line", lambda table, row: pytest.fail(f"row {row} of {table.path} was looked for"))
+    table = open_table(write(tmp_path, "x,kind\n" + "1,a\n2,b\n" * 300_000))
+    assert len(list(read_batches(table, texts=["kind"]))) > 1, "several blocks"
+    assert collect_levels([table], ["kind"], ["x"], "error") == ({"kind": ["a", "b"]}, 600_000)
 
 
 def test_an_empty_line_is_a_missing_value_where_there_is_one_column(tmp_path: Path):

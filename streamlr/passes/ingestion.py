@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ class OnWorkers:
         for table, (found, _) in zip(tables, surveyed, strict=True):
             for column in categories:
                 levels[column] |= found[column]
-                check_levels(column, levels[column], str(table.path))
+                check_levels(column, levels[column], partial(str, table.path))
         self._counts = [counts for _, counts in surveyed]
         total = sum(self._counts, RowCounts())
         check_rows_left(tables, total)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from itertools import pairwise
 
 from streamlr.dataset.tables.batches import Table
@@ -71,17 +72,17 @@ def levels_in(
     for batch in kept_rows(tables, others if missing == "drop" else (), categories, missing, counts):
         for column, levels in found.items():
             levels.update(batch.texts[column].unique().to_pylist())
-            check_levels(column, levels, batch.place(0, column))
+            check_levels(column, levels, partial(batch.place, 0, column))  # to find the line, a file is read from its start
         if note is not None:
             note()
     return found
 
 
-def check_levels(column: str, levels: Collection[str], place: str) -> None:
+def check_levels(column: str, levels: Collection[str], place: Callable[[], object]) -> None:
     """Raise `DataError` where a category has more levels than a column of a design for each would be worth."""
     if len(levels) > MOST_LEVELS:
         raise DataError(
-            f"{place}: from here on there are more than {MOST_LEVELS:,} levels; is it an identifier? "
+            f"{place()}: from here on there are more than {MOST_LEVELS:,} levels; is it an identifier? "
             f"Group its levels in the table, or leave C({column}) out of the formula"
         )
 
