@@ -355,6 +355,7 @@ def test_no_thread_stays_when_reading_ends_early(tmp_path: Path):
     ],
 )
 def test_no_reader_of_arrow_outlives_the_reading_not_even_in_a_traceback(tmp_path: Path, end: str, error: type[BaseException]):
+    gc.collect()  # what earlier tests left in cycles
     table = open_table(write(tmp_path, "x,y\n" + "1,2\n" * 9000 + end))
     batches = read_batches(table, numbers=["x", "y"], block_bytes=4096)
     next(batches)
