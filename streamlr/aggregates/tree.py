@@ -83,7 +83,7 @@ class Partial(Generic[S]):
         self.tree = tree
         self.statistic = statistic
         self.nodes: dict[Node, S] = {}
-        self._made: set[Node] = set()  # whose values were made here, and are nobody else's
+        self._shared = False  # whether another partial has some of these values
         self.ragged: dict[int, list[Block]] = {}
 
     def take(self, block: Block) -> None:
@@ -98,7 +98,7 @@ class Partial(Generic[S]):
         if tile is not None:
             if tile in self.ragged:
                 raise RowCountMismatch(_twice(block.start, block.stop))
-            self._add((0, tile), self.statistic.of(block), made=True)
+            self._add((0, tile), self.statistic.of(block))
             return
         number = block.start // self.tree.tile_rows
         pieces = sorted([*self.ragged.pop(number, []), block.copy()], key=lambda piece: piece.start)
@@ -113,14 +113,14 @@ class Partial(Generic[S]):
         if self.tree.tile_of(joined[0]) is None:
             self.ragged[number] = joined
         else:
-            self._add((0, number), self.statistic.of(joined[0]), made=True)
+            self._add((0, number), self.statistic.of(joined[0]))
 
     def join(self, others: Iterable[Partial[S]]) -> Self:
         """Take over what other partials hold, changing no value, and return this one; their rows must not be here already."""
         for other in others:
+            self._shared = other._shared = True
             for node, value in other.nodes.items():
-                self._add(node, value, made=False)
-            other._made.clear()  # they are here as well now
+                self._add(node, value)
             for pieces in other.ragged.values():
                 for piece in pieces:
                     self.take(piece)
@@ -148,23 +148,17 @@ class Partial(Generic[S]):
             value = self.nodes[node] + value
         return value
 
-    def _add(self, node: Node, value: S, *, made: bool) -> None:
+    def _add(self, node: Node, value: S) -> None:
         level, index = node
         first, last = index << level, (index + 1) << level
         for other_level, other in self.nodes:
             if first < (other + 1) << other_level and other << other_level < last:
                 raise RowCountMismatch(_twice(first * self.tree.tile_rows, last * self.tree.tile_rows))
-        while (beside := (level, index ^ 1)) in self.nodes:
-            sibling, sibling_made = self.nodes.pop(beside), beside in self._made
-            self._made.discard(beside)
-            if index % 2 == 0:
-                value = value.absorb(sibling) if made else value + sibling
-            else:
-                value = sibling.absorb(value) if sibling_made else sibling + value
-            made, level, index = True, level + 1, index // 2
+        while (sibling := self.nodes.pop((level, index ^ 1), None)) is not None:
+            left, right = (value, sibling) if index % 2 == 0 else (sibling, value)
+            value = left + right if self._shared else left.absorb(right)
+            level, index = level + 1, index // 2
         self.nodes[level, index] = value
-        if made:
-            self._made.add((level, index))
 
 
 def open_nodes(n_tiles: int) -> int:

@@ -95,7 +95,7 @@ class CsvFile:
         pa, arrow_csv = load_extra("pyarrow"), load_extra("pyarrow.csv")
         types = {name: pa.float64() for name in numbers} | {name: pa.string() for name in texts}
         with _opened(self) as file:
-            watched, reader = _CountsQuotes(file), None
+            watched = _CountsQuotes(file)
             try:
                 with arrow_csv.open_csv(
                     watched,
