@@ -1,0 +1,87 @@
+"""Frames of zstd as other writers write them: all their numbers or a named error, wherever they were cut."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import zarr
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+from zarr.codecs import ZstdCodec
+from zarr.storage import MemoryStore
+
+from streamlr.dataset.codecs import chunk_codec
+from streamlr.errors import ChunkCorrupt
+
+SHAPE = (10_000, 5)  # 400,000 bytes: four blocks
+BYTES = 8 * SHAPE[0] * SHAPE[1]
+CODEC = chunk_codec(zarr.create_array(MemoryStore(), shape=SHAPE, chunks=SHAPE, dtype="f8", compressors=[ZstdCodec()]))
+
+
+RNG = np.random.default_rng(3)
+CONTENTS = [
+    RNG.normal(size=SHAPE).tobytes(),  # compressed blocks
+    RNG.bytes(BYTES),  # raw blocks
+    bytes(BYTES),  # runs
+    bytes(BYTES // 2) + RNG.bytes(BYTES // 4) + RNG.normal(size=BYTES // 32).tobytes(),
+]
+COMPRESSORS = [
+    zstandard.ZstdCompressor(level=1, write_checksum=checked, write_content_size=sized)
+    for checked in (False, True)
+    for sized in (False, True)
+]
+FRAMES = [(data, compressor.compress(data)) for data in CONTENTS for compressor in COMPRESSORS]
+WHICH = st.integers(0, len(FRAMES) - 1)
+
+
+def decode(frame: bytes) -> bytes:
+    return CODEC.decode(frame, np.zeros(BYTES, dtype=np.uint8), lambda position: f"chunk {position}", (0, 0)).tobytes()
+
+
+@pytest.mark.parametrize("number", range(len(FRAMES)))
+def test_a_whole_frame(number):
+    data, frame = FRAMES[number]
+    assert decode(frame) == data
+    assert decode(memoryview(frame)) == data
+
+
+@given(number=WHICH, part=st.floats(0, 1), missing=st.integers(1, 12), near_end=st.booleans())
+def test_a_frame_cut_anywhere_is_refused(number, part, missing, near_end):
+    _, frame = FRAMES[number]
+    with pytest.raises(ChunkCorrupt, match=r"chunk \(0, 0\)"):
+        decode(frame[: -min(missing, len(frame))] if near_end else frame[: int(part * (len(frame) - 1))])
+
+
+@given(number=WHICH, extra=st.binary(min_size=1, max_size=20))
+def test_a_frame_with_more_behind_it_is_refused(number, extra):
+    _, frame = FRAMES[number]
+    for longer in (frame + extra, frame + frame):
+        with pytest.raises(ChunkCorrupt, match="shorter or longer"):
+            decode(longer)
+
+
+@pytest.mark.parametrize("compressor", COMPRESSORS)
+@pytest.mark.parametrize("found", [0, 8, BYTES - 8, BYTES + 8, 2**26])
+def test_a_frame_of_another_size_is_refused(compressor, found):
+    with pytest.raises(ChunkCorrupt, match=f"{BYTES:,}"):
+        decode(compressor.compress(bytes(found)))
+
+
+@given(number=st.sampled_from([2, 3]), place=st.integers(0), bit=st.integers(0, 7))
+def test_a_flipped_bit_is_refused_where_the_frame_has_a_checksum(number, place, bit):
+    data, frame = FRAMES[number]
+    damaged = bytearray(frame)
+    damaged[place % len(frame)] ^= 1 << bit
+    try:
+        found = decode(bytes(damaged))
+    except ChunkCorrupt:
+        return
+    assert found == data  # bits of the header that change nothing that is decoded
+
+
+@given(noise=st.binary(max_size=200))
+def test_what_is_no_frame_is_refused(noise):
+    for stored in (noise, FRAMES[0][1][:4] + noise):
+        with pytest.raises(ChunkCorrupt):
+            decode(stored)
