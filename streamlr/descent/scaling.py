@@ -88,7 +88,10 @@ class Prepared:
     def transposed_times(self, r: Array) -> Array:
         """Return A' r, (d, k), of residuals (m, k)."""
         product: Array = self.z.T.dot(r)
-        sums = r.sum(axis=0, keepdims=True)
+        if self.units is None and not self.intercept:
+            return product
+        # a product: `sum` of a few columns takes several times as long
+        sums = r.sum(axis=0, keepdims=True) if r.shape[1] == 1 else np.ones(len(r)).dot(r)[None]
         if self.units is not None:
             product -= self.units.mean[:, None] * sums
             product *= self.units.share
@@ -259,7 +262,7 @@ def _standardise(rows: Array, mean: Array, scale: Array, out: Array) -> None:
         out[:] = rows
         rows = out
     share = 1 / scale  # a product takes a third of the time of a division
-    together = max(LONG // max(len(mean), 1), 1)
+    together = 1 if len(mean) == 1 else max(LONG // max(len(mean), 1), 1)  # one column is a long row as it is
     together = min(1 << (together.bit_length() - 1), max(len(out), 1))  # of which whole pieces, powers of two, leave no rest
     whole = len(out) - len(out) % together
     for part, times in (slice(whole), together), (slice(whole, None), 1):
