@@ -279,22 +279,17 @@ def _zstd_size(data: memoryview) -> int | None:
 
 def _zstd_frame(data: memoryview, start: int) -> tuple[int, int | None]:
     """Return where the frame that begins at `start` ends, behind `data` if it is cut off, and its content size."""
-    at = start + 4
-    magic = int.from_bytes(data[start:at], "little")
-    if magic >> 4 == 0x184D2A5:  # to be skipped
-        return at + 4 + int.from_bytes(data[at : at + 4], "little"), 0
-    if magic != 0xFD2FB528 or at == len(data):
-        raise ValueError("what should be a zstd frame does not begin like one")
-    flag, single_segment, has_checksum = data[at] >> 6, data[at] >> 5 & 1, data[at] >> 2 & 1
-    stated = at + 1 + (not single_segment) + (0, 1, 2, 4)[data[at] & 3]
-    length = (single_segment, 2, 4, 8)[flag]
-    end, last = stated + length, 0
-    size = int.from_bytes(data[stated:end], "little") + (256 if length == 2 else 0) if length else None
+    frame = data[start:]
+    if int.from_bytes(frame[:4], "little") >> 4 == 0x184D2A5:  # to be skipped
+        return start + 8 + int.from_bytes(frame[4:8], "little"), 0
+    parameters = zstandard.get_frame_parameters(frame)
+    size = None if parameters.content_size == zstandard.CONTENTSIZE_UNKNOWN else parameters.content_size
+    end, last = start + zstandard.frame_header_size(frame), 0
     while not last and end <= len(data):
         block = int.from_bytes(data[end : end + 3], "little")
         last, run = block & 1, block >> 1 & 3 == 1  # a run is one byte, for as many as its header says
         end += 3 + (1 if run else block >> 3)
-    return end + 4 * has_checksum, size
+    return end + 4 * parameters.has_checksum, size
 
 
 def _blosc_size(data: memoryview) -> int | None:

@@ -262,7 +262,7 @@ def _standardise(rows: Array, mean: Array, scale: Array, out: Array) -> None:
         out[:] = rows
         rows = out
     share = 1 / scale  # a product takes a third of the time of a division
-    together = 1 if len(mean) == 1 else max(LONG // max(len(mean), 1), 1)  # one column is a long row as it is
+    together = 1 if len(mean) == 1 else max(LONG // max(len(mean), 1), 1)  # one column is a long row by itself
     together = min(1 << (together.bit_length() - 1), max(len(out), 1))  # of which whole pieces, powers of two, leave no rest
     whole = len(out) - len(out) % together
     for part, times in (slice(whole), together), (slice(whole, None), 1):
