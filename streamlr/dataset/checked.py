@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -92,7 +91,7 @@ class DatasetReader:
             The part of `room` that is filled, which is perhaps to be confirmed.
         """
         dataset = self.dataset
-        if dataset.missing == "error" and not dataset.subsets and all(rows.dtype == np.float64 for rows in dataset.arrays):
+        if dataset.missing == "error" and not dataset.subsets and self._x.exact and self._y.exact:
             with nullcontext() if self._expecting else self.expecting([span]):
                 return self._read(span, report, False, room)
         filled = 0
@@ -143,7 +142,8 @@ class DatasetReader:
         if confirmed or self.dataset.missing != "error" or not (weights is None or surely_finite(weights)):
             block, dropped, by_column = self._without_missing(block, positions)
         else:
-            block = replace(block, doubt=partial(self._without_missing, block, positions))
+            doubt = partial(self._without_missing, block, positions)
+            block = Block(piece.start, piece.stop, x, y, weights, self._room, doubt)
         if weights is not None and (weights < 0).any():
             i = int(np.argmax(weights < 0))
             raise DataError(
@@ -191,6 +191,11 @@ class _Beside:
         ]
         self._width = ends[-1]
         self._tile = Buffer()
+
+    @property
+    def exact(self) -> bool:
+        """Whether float64 holds every number of these dtypes: of others it takes memory to look."""
+        return not self._inexact
 
     @property
     def chunks_missing(self) -> int:

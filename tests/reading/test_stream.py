@@ -143,6 +143,17 @@ class TestRows:
         for readers in (1, 5):
             assert epoch_of(dataset, readers, shuffle=shuffle).tobytes() == found.tobytes()
 
+    @pytest.mark.parametrize("dtype", ["f2", "f4", ">f4", ">f8", "i1", "u4", "i8", "?"])
+    @pytest.mark.parametrize("chunks", [(500, P), (333, 4)], ids=str)
+    def test_numbers_of_any_kind(self, rows, tmp_path, dtype, chunks):
+        x, y, _ = rows
+        x = (100 * x % 100).astype(dtype)
+        dataset = zarr_dataset(tmp_path / "s.zarr", x, y, x_options={"chunks": chunks})
+        whole = np.column_stack([x, y])  # promoted
+        assert epoch_of(dataset, shuffle=False).tobytes() == whole.tobytes()
+        found = epoch_of(dataset)
+        np.testing.assert_array_equal(found[np.argsort(found[:, P])], whole[np.argsort(y)])
+
     @pytest.mark.parametrize("chunks", [(1_000, P), (333, 4), ((1, 0, 9_999, 10_000), P), (N, P)], ids=str)
     @pytest.mark.parametrize("y_chunks", [1_000, 777, N])
     def test_dask_arrays(self, rows, chunks, y_chunks):
