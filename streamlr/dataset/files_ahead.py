@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from typing import NamedTuple
 
 from zarr.abc.store import ByteRequest, RangeByteRequest, SuffixByteRequest
 
@@ -15,6 +16,17 @@ READING = os.O_RDONLY | getattr(os, "O_BINARY", 0)  # Windows would change ends 
 NOWAIT = getattr(os, "RWF_NOWAIT", None)  # Linux alone
 LARGE = 2**20  # bytes of a file, beside which telling the kernel of the next one costs nothing
 AHEAD = 64  # small files that are opened ahead after one that the disk let wait for
+
+
+class Part(NamedTuple):
+    """The bytes [start, stop) of a file that has `size` bytes; none of any other."""
+
+    start: int
+    stop: int
+    size: int
+
+
+Request = ByteRequest | Part | None
 
 
 class Files:
@@ -45,7 +57,7 @@ class Files:
         if self._ahead:
             self._open_next("")
 
-    def read(self, key: str, request: ByteRequest | None, buffer: Buffer) -> memoryview:
+    def read(self, key: str, request: Request, buffer: Buffer) -> memoryview:
         """Read a file, or a part of it, into the memory of `buffer`."""
         if self._next is not None and self._next[0] == key:
             file, self._next = self._next[1], None
@@ -73,7 +85,7 @@ class Files:
             return
 
 
-def _read(file: int, request: ByteRequest | None, buffer: Buffer) -> tuple[memoryview, bool]:
+def _read(file: int, request: Request, buffer: Buffer) -> tuple[memoryview, bool]:
     """Read an open file, or a part of it, and close it; tell whether the disk was waited for, as far as that can be known."""
     try:
         start, stop = 0, os.fstat(file).st_size
@@ -81,6 +93,8 @@ def _read(file: int, request: ByteRequest | None, buffer: Buffer) -> tuple[memor
             start = max(stop - request.suffix, 0)
         elif isinstance(request, RangeByteRequest):
             start, stop = min(request.start, stop), min(request.end, stop)
+        elif isinstance(request, Part):
+            start, stop = (request.start, request.stop) if stop == request.size else (0, 0)
         view = buffer.take(stop - start).data
         done = _in_memory(view, file, start)
         waited = done < len(view)

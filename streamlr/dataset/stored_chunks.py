@@ -21,7 +21,7 @@ from zarr.storage import LocalStore
 
 from streamlr.dataset.buffers import Buffer
 from streamlr.dataset.codecs import ABSENT, ShardIndex, check_memory, shard_index
-from streamlr.dataset.files_ahead import Files
+from streamlr.dataset.files_ahead import Files, Part
 from streamlr.dataset.integrity import CHECKSUM_BYTES, chunk_keys, describe_chunk, local_root
 from streamlr.dataset.read_ahead import Question, ReadAhead, chunks_ahead
 from streamlr.dataset.remote import shown
@@ -93,6 +93,23 @@ class StoredChunks:
     def forget(self) -> None:
         """Let go of the indexes of shards: they are read again with the next chunk."""
         self._shards = {}
+
+    @property
+    def are_files(self) -> bool:
+        """Whether a chunk is a file and nothing else, of which a part can be had: see `fill`."""
+        return isinstance(self._direct, Files) and self._per_shard is None and self._checksums is None
+
+    def fill(self, position: Position, start: int, into: NDArray[np.uint8]) -> bool:
+        """Fill `into` with the bytes of a chunk from `start` on, and return whether it is there and of the size of its numbers.
+
+        If not, nothing is said, since `get` will.
+        """
+        assert isinstance(self._direct, Files), "a part is had of files"
+        part = Part(start, start + into.nbytes, self._nbytes)
+        try:
+            return len(self._direct.read(self._key(position), part, Buffer(into))) == into.nbytes
+        except OSError:
+            return False
 
     def get(self, position: Position, buffer: Buffer) -> Stored | None:
         """Return the stored bytes of the chunk at `position`, in `buffer` where they come from a file; None when it is absent.

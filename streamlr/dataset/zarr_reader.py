@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from streamlr.errors import ChunkMissing
 if TYPE_CHECKING:
     from streamlr.dataset.zarr_rows import ZarrRows
 
+LARGE_BYTES = 4 * 2**20  # of a chunk: it costs next to nothing to open it for each part
 Position = tuple[int, ...]
 
 
@@ -33,7 +35,7 @@ class ZarrReader:
     def __init__(self, rows: ZarrRows) -> None:
         self.rows = rows
         self.chunks_missing = 0
-        self._height = rows.decoded_rows
+        self._height, self._row_bytes = rows.decoded_rows, rows.row_bytes
         self._positions = [(column,)[: rows.array.ndim - 1] for column in rows.column_chunks]  # within a row of chunks
         self._stored = StoredChunks(rows.array, rows.label, rows.checksums)
         self._codec = chunk_codec(rows.array) or ZarrCodec(rows.array)
@@ -41,9 +43,11 @@ class ZarrReader:
         self._in_place = isinstance(self._codec, ChunkCodec) and self._codec.compressor is None
         self._bare = isinstance(self._codec, ChunkCodec) and self._codec.is_bare
         self._copies = _column_copies(rows)
-        self._whole = rows.column_chunks == (0,) and rows.column_positions == tuple(range(rows.row_bytes // rows.dtype.itemsize))
+        self._whole = rows.column_chunks == (0,) and rows.column_positions == tuple(range(self._row_bytes // rows.dtype.itemsize))
         # plain chunks, which are all of some rows as they are computed with, are decoded where they are wanted
         self._plain = self._whole and isinstance(self._codec, ChunkCodec) and self._codec.is_plain
+        # of large files that are nothing but numbers only such rows are read as are wanted: they stay in a core's cache
+        self._in_parts = self._plain and self._bare and self._stored.are_files and self._height * self._row_bytes >= LARGE_BYTES
         self._read: defaultdict[int, Buffer] = defaultdict(Buffer)
         self._decoded: defaultdict[int, Buffer] = defaultdict(Buffer)
         self._held = -1  # the last row of chunks
@@ -71,14 +75,19 @@ class ZarrReader:
                 self._hold(row_chunk, first)
                 for piece, (to, source) in zip(self._pieces, self._copies, strict=True):
                     target[:, to] = piece[first - row_chunk * height : last - row_chunk * height, source]
-            elif last - first == height and target.flags.c_contiguous and row_chunk != self._held:
-                self._held = -1  # nor is this one: what is expected goes by the last chunk that was read
-                self._decode_into(target, row_chunk)
-            else:
+            elif row_chunk == self._held or not target.flags.c_contiguous or (last - first < height and not self._in_parts):
                 target[:] = self._joined(first, last, height)
+            else:
+                self._held = -1  # nor is this one: what is expected goes by the last chunk that was read
+                if self._in_parts:
+                    self._part_into(target, row_chunk, first)
+                else:
+                    self._decode_into(target, row_chunk)
 
     def view(self, start: int, stop: int) -> NDArray[np.float64] | None:
         """Return rows as they were decoded, where that is all that is read of them and they lie in one piece."""
+        if self._in_parts and 2 * (stop - start) <= self._height:
+            return None
         if self._plain:
             return self._joined(start, stop, min(stop - start + self._height, self._most))
         row_chunk, within = divmod(start, self._height)
@@ -121,7 +130,7 @@ class ZarrReader:
         while (row := rows.stop) < stop:
             count = 1 if row < start else -(-(stop - row) // height)  # what comes before `start` makes room when it is decoded
             self._held = -1  # until all is well, so that an error leaves no mixture
-            with self._memory_for((row // height, *self._positions[0]), height * self.rows.row_bytes):
+            with self._memory_for((row // height, *self._positions[0]), height * self._row_bytes):
                 room = rows.room(count * height, most, start)
             with self._counting(row // height, start):
                 for number in range(count):
@@ -146,7 +155,7 @@ class ZarrReader:
         self.chunks_missing += 1
         array = self.rows.array
         fill = 0 if array.fill_value is None else array.fill_value  # none is stated (v2): zarr reads zeros
-        return np.full(array.chunks, fill, dtype=array.dtype).reshape(self._height, -1)
+        return np.broadcast_to(np.array(fill, array.dtype), (self._height, math.prod(array.chunks[1:])))
 
     def _hold(self, row_chunk: int, first: int) -> None:
         if row_chunk == self._held:
@@ -162,6 +171,13 @@ class ZarrReader:
         numbers = self.chunk((row_chunk, *self._positions[0]), target.reshape(-1).view(np.uint8))
         if not np.may_share_memory(numbers, target):
             target[...] = numbers
+
+    def _part_into(self, target: NDArray[np.float64], row_chunk: int, first: int) -> None:
+        """Fill `target` with rows of a chunk that is read in parts, from `first` on."""
+        position, within = (row_chunk, *self._positions[0]), first - row_chunk * self._height
+        if not self._stored.fill(position, within * self._row_bytes, target.reshape(-1).view(np.uint8)):
+            with self._counting(row_chunk, first):
+                target[...] = self.chunk(position)[within : within + len(target)]
 
     @contextmanager
     def _counting(self, row_chunk: int, first: int) -> Iterator[None]:

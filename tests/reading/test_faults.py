@@ -283,6 +283,81 @@ class TestUncompressed(StoreContract):
         return {"compressors": None}
 
 
+class TestLargeFiles:
+    """Of large files that are nothing but numbers, a pass reads the rows of a tile at a time: two from each of these."""
+
+    n, height, tile = 1_300_000, 2**19, 2**18
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def large(cls):
+        x = np.random.default_rng(0).normal(size=(cls.n, 2))
+        return x, x @ [1.0, 2.0] + 3.0
+
+    @pytest.fixture
+    def store(self, large, tmp_path):
+        group = zarr.open_group(tmp_path / "s.zarr", mode="w")
+        group.create_array("X", data=large[0], chunks=(self.height, 2), compressors=None, fill_value=7.0)
+        group.create_array("y", data=large[1], chunks=(10_000,))
+        return tmp_path / "s.zarr"
+
+    def test_the_rows_of_a_tile_are_read_and_no_others(self, store, large, monkeypatch):
+        found, expected = [], streamlr.fit(streamlr.Dataset(*large))
+        read = files_ahead._read
+
+        def spy(file, request, buffer):
+            view, waited = read(file, request, buffer)
+            found.append(len(view))
+            return view, waited
+
+        monkeypatch.setattr(files_ahead, "_read", spy)
+        with dask.config.set(scheduler="sync"):
+            model = streamlr.fit(streamlr.open_dataset(store))
+        assert model.coef.tobytes() == expected.coef.tobytes()
+        assert model.cost.mse == expected.cost.mse
+        numbers = [count for count in found if count > 8 * 10_000]
+        assert max(numbers) == 16 * self.tile
+        assert sum(numbers) == 16 * self.n
+
+    @pytest.mark.parametrize("number", [0, 1, 2])
+    def test_deleted_chunk(self, store, large, number):
+        (store / f"X/c/{number}/0").unlink()
+        with fails(ChunkMissing, "array 'X'", f"rows {number * self.height:,} to"):
+            streamlr.fit(streamlr.open_dataset(store))
+        x = large[0].copy()
+        x[number * self.height : (number + 1) * self.height] = 7.0
+        model = streamlr.fit(streamlr.open_dataset(store, allow_missing_chunks=True))
+        assert model.coef.tobytes() == streamlr.fit(streamlr.Dataset(x, large[1])).coef.tobytes()
+        assert model.chunks_missing == 1
+
+    @pytest.mark.parametrize("nbytes", [0, 1, 16 * 2**18, 16 * 2**19 - 1, 16 * 2**19 + 8], ids=str)
+    def test_chunk_of_another_size(self, store, nbytes):
+        file = store / "X/c/1/0"
+        file.write_bytes((file.read_bytes() + bytes(8))[:nbytes])
+        with fails(ChunkCorrupt if nbytes else ChunkMissing, "array 'X'", "rows 524,288 to"):
+            streamlr.fit(streamlr.open_dataset(store))
+
+    def test_folder_where_a_chunk_was(self, store):
+        (store / "X/c/1/0").unlink()
+        (store / "X/c/1/0").mkdir()
+        with fails(ChunkCorrupt, "array 'X'"):
+            streamlr.fit(streamlr.open_dataset(store))
+
+    @pytest.mark.parametrize("times", [1, 2])
+    def test_a_reading_that_fails_for_a_moment_is_repeated(self, store, large, monkeypatch, times):
+        read, failing = files_ahead._read, iter([True] * times)
+
+        def fail(file, request, buffer):
+            found = read(file, request, buffer)
+            if len(found[0]) == 16 * self.tile and next(failing, False):
+                raise OSError(errno.EIO, "as planned")
+            return found
+
+        monkeypatch.setattr(files_ahead, "_read", fail)
+        assert streamlr.fit(streamlr.open_dataset(store)).coef.tobytes() == streamlr.fit(streamlr.Dataset(*large)).coef.tobytes()
+        assert not list(failing)
+
+
 class TestGzip(StoreContract):
     def options(self, name):
         return {"compressors": zarr.codecs.GzipCodec(level=1)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import mmap
+import tempfile
 from dataclasses import dataclass
 
 import dask
@@ -15,14 +16,16 @@ import pytest
 import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from zarr.abc.store import Store
 from zarr.buffer import default_buffer_prototype
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, GzipCodec, ShardingCodec, TransposeCodec, ZstdCodec
 from zarr.codecs import numcodecs as wrapped
 from zarr.core.sync import sync
-from zarr.storage import MemoryStore
+from zarr.storage import LocalStore, MemoryStore
 
 import streamlr
 from streamlr.aggregates.moments import MomentsOf
+from streamlr.dataset import zarr_reader
 from streamlr.dataset.blocks import Span
 from streamlr.dataset.codecs import ChunkCodec
 from streamlr.dataset.tally import Tally
@@ -477,14 +480,19 @@ def test_random_dask_chunks(small, cuts, columns):
 class TestTilesOfSeveralChunks:
     """Rows that begin in one chunk and end in another are used where those were decoded, each behind the one before it."""
 
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=300, deadline=None)
     @given(data=st.data())
     def test_any_tiles_of_any_chunks(self, data):
+        with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+            patch.setattr(zarr_reader, "LARGE_BYTES", data.draw(st.sampled_from([0, zarr_reader.LARGE_BYTES])))
+            self.read(data, data.draw(st.sampled_from([MemoryStore(), LocalStore(folder)])))
+
+    def read(self, data: st.DataObject, store: Store) -> None:
         n, height, tile = (data.draw(st.integers(1, most)) for most in (150, 60, 60))
         x, y = np.arange(3.0 * n).reshape(n, 3), np.arange(1.0, n + 1)
         compressors = data.draw(st.sampled_from([None, [ZstdCodec()], [BloscCodec()], [GzipCodec(level=1), Crc32cCodec()]]))
         options = {"chunks": (height, 3), "compressors": compressors, "fill_value": -1.0}
-        group = group_of(x, y, x_options=options, y_options={"chunks": (height,)})
+        group = group_of(x, y, store=store, x_options=options, y_options={"chunks": (height,)})
         absent = data.draw(st.sets(st.integers(0, (n - 1) // height)))
         for chunk in absent:
             sync(group.store.delete(f"X/c/{chunk}/0"))
