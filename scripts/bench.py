@@ -28,7 +28,7 @@ from contestants import CONTESTANTS
 
 HERE = Path(__file__).parent
 BYTES, QUICK_BYTES = 3_200_000_000, 200_000_000  # of X, decoded
-QUICK_RUNS, PATIENCE = 3, 4.0  # with --quick, who takes longer than these seconds, imports included, runs once
+QUICK_RUNS, QUICK_PATIENCE, PATIENCE = 3, 4.0, 60.0  # who takes longer than these seconds, imports included, runs once
 FIT, PARSE = "streamlr fit", "pyarrow.csv.open_csv"
 OURS = (FIT, "streamlr evaluate", "streamlr predict", "streamlr minibatch epoch")
 LIMITS = ("hand-tuned loop", "read and decode alone", "read, decode and write", "product alone")
@@ -42,8 +42,9 @@ LIMIT_OF = {
     "streamlr sgd epoch": FIT,
     "streamlr ingest": PARSE,
 }
-EVERYWHERE = (*OURS, *LIMITS, "da.map_blocks, BLAS at 1")
-NEIGHBOURS = (*EVERYWHERE, "streamlr minibatch epoch, two streams", "oneDAL incremental", "dask-ml newton")
+NEIGHBOURS = ("da.map_blocks, BLAS at 1", "oneDAL incremental", "dask-ml newton", "scikit-learn SGD epoch")
+EVERYWHERE = (*OURS, *LIMITS, *NEIGHBOURS)
+AND_STREAMS = (*EVERYWHERE, "streamlr minibatch epoch, two streams")
 ALL = tuple(name for name in CONTESTANTS if name not in ("streamlr ingest", PARSE))
 INGEST = ("streamlr ingest", PARSE)
 
@@ -65,8 +66,8 @@ class Regime(NamedTuple):
 MANY, SCALING = "chunks of 64 KB", {"features": 100, "rows_per_chunk": 31_250}  # 25 MB
 REGIMES = {
     "p = 100": Regime({"features": 100, "rows_per_chunk": 65_536}, ALL),
-    "p = 10": Regime({"features": 10, "rows_per_chunk": 655_360}, NEIGHBOURS),
-    "p = 1,000": Regime({"features": 1_000, "rows_per_chunk": 6_554}, NEIGHBOURS),
+    "p = 10": Regime({"features": 10, "rows_per_chunk": 655_360}, AND_STREAMS),
+    "p = 1,000": Regime({"features": 1_000, "rows_per_chunk": 6_554}, AND_STREAMS),
     "float32": Regime({"features": 100, "rows_per_chunk": 131_072, "dtype": "float32"}),
     "blosc-lz4": Regime({"features": 100, "rows_per_chunk": 65_536, "codec": "blosc-lz4"}),
     "uncompressed": Regime({"features": 100, "rows_per_chunk": 65_536, "codec": "none"}),
@@ -114,7 +115,7 @@ def bench(
         raise typer.BadParameter(f"{', '.join(idle)} would not act beside the other options; leave out the one or the others")
     names = [MANY] if many else regime or (list(REGIMES) if everything else list(REGIMES)[:1])
     size = size or (QUICK_BYTES if quick else BYTES)
-    turns = Turns(min(repeats, QUICK_RUNS) if quick else repeats, PATIENCE if quick else float("inf"))
+    turns = Turns(min(repeats, QUICK_RUNS) if quick else repeats, QUICK_PATIENCE if quick else PATIENCE)
     print(f"{platform.machine()}, Python {platform.python_version()}, {turns.repeats} runs each, medians")
     found: dict[str, Any] = {"machine": platform.platform(), "seconds": {}, "runs": {}}
     if many:
