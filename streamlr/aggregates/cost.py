@@ -15,7 +15,7 @@ from streamlr.dataset.blocks import Block
 from streamlr.errors import NoRows
 
 Number = float | NDArray[np.float64]
-PIECE_ROWS = 16_384  # whose predictions are made at once: columns of so many numbers stay in a core's cache
+PIECE_ROWS = 8192  # whose predictions are made at once: columns of so many numbers stay in a core's cache
 BUFFER = 4096  # NumPy's iterator cuts longer rows where its buffer of 8,192 numbers ends, which depends on the rows before
 
 

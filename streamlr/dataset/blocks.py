@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from streamlr.dataset.buffers import Buffer
 
 TILE_BYTES = 8 * 2**20
-LIGHT_TILE_BYTES = 2 * TILE_BYTES  # of rows that are not copied to be centred, since next to nothing is left of them
 MIN_SPAN_BYTES = 16 * 2**20
 MAX_SPAN_BYTES = 256 * 2**20
 WAITING_SPAN_BYTES = 2**30  # from a store with latency, for which the first chunks of each span wait
@@ -90,7 +89,7 @@ class Span:
     stop: int
 
 
-def tile_rows(n_columns: int, left_bytes: int | None = None, cache_bytes: int | None = None) -> int:
+def tile_rows(n_columns: int, left_bytes: int | None = None, cache_bytes: int = TILE_BYTES) -> int:
     """Return how many rows a tile has: a power of two, about a cache full, and more where a tile leaves many numbers to add up.
 
     It depends on the number of columns alone, so that the arithmetic does not know how the rows are stored.
@@ -103,20 +102,17 @@ def tile_rows(n_columns: int, left_bytes: int | None = None, cache_bytes: int | 
         What the statistic leaves of a tile. A tile has four times as many bytes, or at least four rows for each column, whichever
         is less; by default the latter, as for moments.
     cache_bytes : int, optional
-        What a tile may have else: by default what rows and their centred copies leave in a cache, or twice that where a tile leaves
-        less than a row for each column, as for a cost.
+        What a cache holds.
 
     Examples
     --------
-    >>> tile_rows(101), tile_rows(11), tile_rows(1001), tile_rows(101, 100), tile_rows(1001, 100)
-    (8192, 65536, 4096, 16384, 2048)
+    >>> tile_rows(101), tile_rows(11), tile_rows(1001), tile_rows(1001, 100)
+    (8192, 65536, 4096, 1024)
     """
     columns = max(n_columns, 1)
-    left = columns if left_bytes is None else min(columns, -(-left_bytes // (8 * columns)))  # in rows
-    if cache_bytes is None:
-        cache_bytes = TILE_BYTES if left == columns else LIGHT_TILE_BYTES
     cached = max(cache_bytes // (8 * columns), 1)
-    return max(1 << (cached.bit_length() - 1), 1 << (max(4 * left, 1) - 1).bit_length())
+    least = 4 * columns if left_bytes is None else 4 * min(columns, -(-left_bytes // (8 * columns)))
+    return max(1 << (cached.bit_length() - 1), 1 << (max(least, 1) - 1).bit_length())
 
 
 def tile_edges(start: int, stop: int, rows: int) -> list[Span]:

@@ -148,7 +148,7 @@ class Dataset:
 
     @property
     def tile_rows(self) -> int:
-        """Rows of a tile that leaves moments, from the number of columns alone."""
+        """Rows of a tile that leaves moments, from the number of columns alone; no other tile has more."""
         return tile_rows(self.n_features + self.n_targets)
 
     @property
@@ -161,12 +161,10 @@ class Dataset:
         """Bytes to decode for one row."""
         return sum(rows.row_bytes for rows in self.arrays)
 
-    def reading_bytes(self, tile_rows: int | None = None) -> int:
-        """Return the most bytes that a task holds while it reads tiles, by default such as leave moments.
-
-        They are decoded chunks, a tile, its chosen and kept rows, and masks.
-        """
-        tile = min(tile_rows or self.tile_rows, self.stored_rows) * (self.n_features + self.n_targets + 2) * 8
+    @property
+    def reader_bytes(self) -> int:
+        """Most bytes that one task holds while it reads: decoded chunks, a tile, its chosen and kept rows, masks."""
+        tile = min(self.tile_rows, self.stored_rows) * (self.n_features + self.n_targets + 2) * 8
         return sum(rows.reader_bytes for rows in self.arrays) + (2 + bool(self.subsets)) * tile + tile // 2
 
     @cached_property

@@ -139,11 +139,12 @@ def write_span(source: Source, key: str, function: Function, array: zarr.Array[A
 
 def _plan(dataset: Dataset, name: str, chunk: int, n_columns: int, memory: int | str | None) -> tuple[Plan, list[Span]]:
     """Plan spans that start where chunks of the output start; a Dask array is cut at every one, to hold one block in memory."""
-    n, tile = dataset.stored_rows, tile_rows(dataset.n_features, 0)
+    n = dataset.stored_rows
     if dataset.lazy:
         cut = [Span(start, min(start + chunk, n)) for start in range(0, n, chunk)]
     else:
-        workers, waiting = tasks_together(), is_waited_for(dataset)
+        tile, waiting = dataset.tile_rows, is_waited_for(dataset)
+        workers = tasks_together()
         cut = spans(n, dataset.row_bytes, tile=tile, chunks=[chunk], workers=workers, whole_tiles=False, waiting=waiting)
-    task_bytes = dataset.reading_bytes(tile) + 3 * chunk * n_columns * 8  # the buffer, zarr's copy of it, and its compressed bytes
+    task_bytes = dataset.reader_bytes + 3 * chunk * n_columns * 8  # the buffer, zarr's copy of it, and its compressed bytes
     return make_plan(dataset, cut, task=name, merges=0, task_bytes=task_bytes, result_bytes=0, memory=memory), cut

@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamlr.dataset.blocks import (
-    LIGHT_TILE_BYTES,
     MAX_SPAN_BYTES,
     MAX_SPANS,
     MIN_SPAN_BYTES,
@@ -51,11 +50,11 @@ def test_a_tile_is_a_power_of_two_with_four_rows_a_column(n_columns):
 
 @given(st.integers(1, 20_000), st.integers(0, 10**10))
 def test_a_tile_that_leaves_little_is_no_larger_than_a_cache(n_columns, left_bytes):
-    rows, light = tile_rows(n_columns, left_bytes), left_bytes <= 8 * n_columns * (n_columns - 1)
+    rows = tile_rows(n_columns, left_bytes)
     assert rows & (rows - 1) == 0
-    assert light or rows == tile_rows(n_columns)
+    assert rows <= tile_rows(n_columns)
     assert rows == tile_rows(n_columns) or 8 * n_columns * rows >= 4 * left_bytes
-    assert rows * n_columns * 8 <= max(LIGHT_TILE_BYTES if light else TILE_BYTES, 8 * left_bytes + 64 * n_columns)
+    assert rows * n_columns * 8 <= max(TILE_BYTES, 8 * left_bytes + 64 * n_columns)
 
 
 @given(st.integers(0, 10_000), st.integers(1, 10_000), st.integers(0, 12))

@@ -302,7 +302,7 @@ def test_what_is_held_is_planned_where_it_is_held(tmp_path, layout):
     for store in (LocalStore(tmp_path / "s.zarr"), WrapperStore(MemoryStore())):
         group = zarr.open_group(store, mode="w")
         group.create_array("X", shape=(N, P), dtype="f8", **LAYOUTS[layout])
-        sizes.append(streamlr.Dataset(group["X"]).reading_bytes())
+        sizes.append(streamlr.Dataset(group["X"]).reader_bytes)
     nbytes = 8 * CHUNK * LAYOUTS[layout]["chunks"][1]
     assert sizes[1] - sizes[0] == chunks_ahead(nbytes) * nbytes
 
