@@ -90,6 +90,15 @@ class Training:
 
     def _planned(self, rows: Dataset) -> tuple[Plan, bool]:
         """Return the plan, and whether a full-batch descent goes by moments: decided once, before a sample takes memory."""
+        plan, by_moments = self._descent_planned(rows)
+        shape = rows.n_features, rows.n_targets
+        statistic = ResidualsOf(np.zeros(shape), np.zeros(shape[1]), rows.target_names)
+        cost, _ = plan_pass(rows, statistic, task="cost", memory=self.memory_limit)  # it comes after all, and is refused before
+        if plan.limit_source == cost.limit_source:  # else it is made by workers
+            plan = replace(plan, peak_bytes=max(plan.peak_bytes, cost.peak_bytes))
+        return plan, by_moments
+
+    def _descent_planned(self, rows: Dataset) -> tuple[Plan, bool]:
         if self.options.mode == "gd":
             moments = self._draft_moments(rows)
             return (moments, True) if moments.fits else (self._plan_slopes(rows), False)

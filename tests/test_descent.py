@@ -8,22 +8,25 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import dask
 import numpy as np
 import pytest
 import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import cuts
+from zarr.storage import MemoryStore
 
 import streamlr
 from streamlr import Descent
-from streamlr.aggregates.cost import residual_sums
+from streamlr.aggregates.cost import ResidualsOf, residual_sums
 from streamlr.dataset.blocks import Block
 from streamlr.dataset.ingest import ingest
 from streamlr.demo import FORMULA, flights_path
 from streamlr.descent.scaling import Coordinates
 from streamlr.descent.seen import Seen
-from streamlr.errors import Diverged, NonFiniteValue, NoRows, NumericalError, UsageError
+from streamlr.errors import ChunkMissing, Diverged, MemoryLimitExceeded, NonFiniteValue, NoRows, NumericalError, UsageError
+from streamlr.passes.planning import plan_pass
 
 DATA = Path(__file__).parent / "data"
 STOCHASTIC = ["minibatch", "sgd"]
@@ -495,6 +498,23 @@ def test_a_plan_says_what_will_be_done(mode, datasets):
         streamlr.plan(dataset, mode, memory_limit=plan.base_bytes + 2**16)
     with pytest.raises(streamlr.errors.MemoryLimitExceeded):
         streamlr.fit(dataset, mode, memory_limit=plan.base_bytes + 2**16)
+
+
+@pytest.mark.parametrize("mode", ["gd", "minibatch", "sgd"])
+def test_the_cost_that_comes_last_is_planned_first(mode):
+    """Its spans end within tiles, whose rows are kept: more than a descent itself needs of such small chunks."""
+    arrays = [zarr.create_array(MemoryStore(), shape=(10**8, *w), chunks=(10_000, *w), dtype="f8") for w in ((100,), ())]
+    dataset = streamlr.Dataset(*arrays)
+    statistic = ResidualsOf(np.zeros((100, 1)), np.zeros(1), ("y",))
+    for workers in (1, 2, 4):
+        with dask.config.set(num_workers=workers):
+            cost = plan_pass(dataset, statistic, task="cost", memory=None)[0]
+            assert streamlr.plan(dataset, mode).peak_bytes >= 0.99 * cost.peak_bytes  # what is in use may have changed a little
+            least = cost.base_bytes + cost.result_bytes + cost.task_bytes
+            with pytest.raises(MemoryLimitExceeded):
+                streamlr.fit(dataset, mode, memory_limit=least - 2**23)  # before it is found that no chunk is there
+            with pytest.raises(ChunkMissing):
+                streamlr.fit(dataset, mode, memory_limit=least + 2**29)
 
 
 def test_a_batch_larger_than_the_data_is_refused(plain):

@@ -64,7 +64,8 @@ class Files:
         else:
             file = os.open(self._folder + key, READING)
         found, waited = _read(file, request, buffer)
-        self._ahead = AHEAD if waited else max(self._ahead - 1, int(len(found) >= LARGE))
+        size = request.size if isinstance(request, Part) else len(found)
+        self._ahead = AHEAD if waited else max(self._ahead - 1, int(size >= LARGE))
         if self._ahead and self._next is None:
             self._open_next(key)
         return found

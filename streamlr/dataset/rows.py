@@ -16,7 +16,7 @@ NUMERIC_KINDS = "biuf"
 
 
 class Reader(Protocol):
-    """Reads rows in order; holds the chunk it stands in, so that each chunk is decoded once."""
+    """Reads rows in order; holds the chunk it stands in, unless it reads parts, so that nothing is read or decoded twice."""
 
     chunks_missing: int
 

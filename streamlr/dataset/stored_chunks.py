@@ -1,4 +1,4 @@
-"""The stored bytes of an array's chunks: in files or any zarr store, sharded or not, read whole or not at all."""
+"""The stored bytes of an array's chunks, in files or any zarr store, sharded or not: read whole, but in parts of a bare file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reads a zarr array in order, chunk by chunk: each is decoded once, where its rows are wanted if that can be."""
+"""Reads a zarr array in order, chunk by chunk: each is decoded once, or read in parts, where its rows are wanted if that can be."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from streamlr.errors import ChunkMissing
 if TYPE_CHECKING:
     from streamlr.dataset.zarr_rows import ZarrRows
 
-LARGE_BYTES = 4 * 2**20  # of a chunk: it costs next to nothing to open it for each part
+PART_BYTES = 2**20  # of rows that are wanted at once: fewer, and opening their file for them costs more than to hold its chunk
 Position = tuple[int, ...]
 
 
@@ -47,7 +47,8 @@ class ZarrReader:
         # plain chunks, which are all of some rows as they are computed with, are decoded where they are wanted
         self._plain = self._whole and isinstance(self._codec, ChunkCodec) and self._codec.is_plain
         # of large files that are nothing but numbers only such rows are read as are wanted: they stay in a core's cache
-        self._in_parts = self._plain and self._bare and self._stored.are_files and self._height * self._row_bytes >= LARGE_BYTES
+        large = self._height * self._row_bytes >= 2 * PART_BYTES
+        self._in_parts = large and self._plain and self._bare and self._stored.are_files
         self._read: defaultdict[int, Buffer] = defaultdict(Buffer)
         self._decoded: defaultdict[int, Buffer] = defaultdict(Buffer)
         self._held = -1  # the last row of chunks
@@ -86,7 +87,7 @@ class ZarrReader:
 
     def view(self, start: int, stop: int) -> NDArray[np.float64] | None:
         """Return rows as they were decoded, where that is all that is read of them and they lie in one piece."""
-        if self._in_parts and 2 * (stop - start) <= self._height:
+        if self._in_parts and 2 * (stop - start) <= self._height and (stop - start) * self._row_bytes >= PART_BYTES:
             return None
         if self._plain:
             return self._joined(start, stop, min(stop - start + self._height, self._most))

@@ -319,6 +319,16 @@ class TestLargeFiles:
         assert max(numbers) == 16 * self.tile
         assert sum(numbers) == 16 * self.n
 
+    def test_few_bytes_are_not_worth_opening_a_file(self, tmp_path, monkeypatch):
+        n = 300_000
+        x, opened = np.random.default_rng(0).normal(size=(n, 20)), []
+        y = zarr.create_array(str(tmp_path / "y.zarr"), data=x @ np.ones(20), chunks=(n,), compressors=None)
+        read = files_ahead._read
+        monkeypatch.setattr(files_ahead, "_read", lambda *about: opened.append(about) or read(*about))
+        dataset = streamlr.Dataset(x, y)  # ten tiles
+        streamlr.fit(dataset)
+        assert len(opened) == streamlr.plan(dataset).n_spans < 5
+
     @pytest.mark.parametrize("number", [0, 1, 2])
     def test_deleted_chunk(self, store, large, number):
         (store / f"X/c/{number}/0").unlink()

@@ -26,7 +26,7 @@ from zarr.storage import LocalStore, MemoryStore
 import streamlr
 from streamlr.aggregates.moments import MomentsOf
 from streamlr.dataset import zarr_reader
-from streamlr.dataset.blocks import Span
+from streamlr.dataset.blocks import Block, Span
 from streamlr.dataset.codecs import ChunkCodec
 from streamlr.dataset.tally import Tally
 from streamlr.errors import ChunkCorrupt, MemoryLimitExceeded
@@ -484,7 +484,7 @@ class TestTilesOfSeveralChunks:
     @given(data=st.data())
     def test_any_tiles_of_any_chunks(self, data):
         with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
-            patch.setattr(zarr_reader, "LARGE_BYTES", data.draw(st.sampled_from([0, zarr_reader.LARGE_BYTES])))
+            patch.setattr(zarr_reader, "PART_BYTES", data.draw(st.sampled_from([0, zarr_reader.PART_BYTES])))
             self.read(data, data.draw(st.sampled_from([MemoryStore(), LocalStore(folder)])))
 
     def read(self, data: st.DataObject, store: Store) -> None:
@@ -513,6 +513,10 @@ class TestTilesOfSeveralChunks:
                 found.append((block.start, block.stop))
         assert [start for start, _ in found] == [0, *(stop for _, stop in found[:-1])]
         assert tally.chunks_missing == len(absent)
+        start, stop = sorted(data.draw(st.integers(0, n)) for _ in range(2))
+        kept = reader.fill(Span(start, stop), note, Block(0, n, np.empty((n, 3)), np.empty((n, 1))))
+        np.testing.assert_array_equal(kept.x, x[start:stop])
+        np.testing.assert_array_equal(kept.y[:, 0], y[start:stop])
 
     @pytest.mark.parametrize("height", [7, 40, 100])
     @pytest.mark.parametrize("compressors", [None, [ZstdCodec()]], ids=["none", "zstd"])
