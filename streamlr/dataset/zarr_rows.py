@@ -117,12 +117,14 @@ class ZarrRows:
     def reader_bytes(self) -> int:
         """All column chunks of one row of chunks, decoded, one of them stored, and what zarr copies where it decodes.
 
-        And the stored chunks that are asked for ahead.
+        And the stored chunks that are asked for ahead. Files of bare numbers are read where they are used.
         """
-        decoded = self.array.chunks[0] * self.row_bytes
+        decoded, codec = self.array.chunks[0] * self.row_bytes, chunk_codec(self.array)
         one = decoded // len(self.column_chunks)
+        if codec is not None and codec.is_bare and not self.are_asked_ahead:
+            return decoded
         stored = one + one * chunks_ahead(one) if self.are_asked_ahead else one
-        return decoded + stored if chunk_codec(self.array) is not None else 2 * decoded + stored
+        return decoded + stored if codec is not None else 2 * decoded + stored
 
     def reader(self) -> ZarrReader:
         """Return a reader of these rows."""

@@ -121,7 +121,7 @@ def write_span(source: Source, key: str, function: Function, array: zarr.Array[A
     buffer = np.empty((min(chunk, span.stop - span.start), *array.shape[1:]))
     flat, root = buffer.reshape(len(buffer), -1), local_root(array)
     with share_of_pass(key) as share, one_blas_thread():  # given back before the pass hears that the task is done
-        for block in source.blocks(span, share, tile_rows(source.dataset.n_features, 0), lazy):
+        for block in source.blocks(span, share, tile_rows(max(source.dataset.n_features, flat.shape[1]), 0), lazy):
             values = function(block)
             done = 0
             while done < len(values):

@@ -560,14 +560,23 @@ class TestPredictions:
 
 
 MEASURE = """
-import sys, re, pathlib, streamlr
+import sys, re, pathlib, numpy as np, streamlr
+from streamlr.aggregates.cost import ResidualsOf
+from streamlr.passes.planning import plan_pass
 if sys.argv[2] == "dask":
     import dask.array as da
     dataset = streamlr.Dataset(*(da.from_zarr(sys.argv[1], component=name) for name in ("X", "y")))
 else:
     dataset = streamlr.open_dataset(sys.argv[1], missing=sys.argv[2])
 planned = streamlr.plan(dataset)
-model = streamlr.fit(dataset)
+if sys.argv[3] == "evaluate":
+    x = np.random.default_rng(0).normal(size=(2 * dataset.n_features, dataset.n_features))
+    model = streamlr.fit(streamlr.Dataset(x, x[:, 0], feature_names=dataset.feature_names))
+    statistic = ResidualsOf(model.coef_matrix, model.intercept_vector, model.target_names)
+    planned = plan_pass(dataset, statistic, task="cost", memory=None)[0]
+    streamlr.evaluate(model, dataset)
+else:
+    model = streamlr.fit(dataset)
 if sys.argv[3] == "predict":
     streamlr.predict(model, dataset, sys.argv[1] + ".out")
 # not ru_maxrss, which a new process inherits from the one that started it
@@ -602,9 +611,11 @@ class TestMemory:
     """What is planned is kept, in a process of its own."""
 
     @pytest.mark.parametrize(("n", "p", "chunk"), [(1_000_000, 10, 65_536), (150_000, 100, 32_768), (24_000, 500, 4_096)])
-    def test_the_peak_is_at_most_the_planned(self, tmp_path, n, p, chunk):
-        path = make_store(tmp_path / "s.zarr", n, p, chunk, compressors=[ZstdCodec(level=-5)])
-        planned, base, peak = measure(path)
+    @pytest.mark.parametrize("compressors", [None, [ZstdCodec(level=-5)]], ids=["none", "zstd"])
+    @pytest.mark.parametrize("action", ["fit", "evaluate"])
+    def test_the_peak_is_at_most_the_planned(self, tmp_path, n, p, chunk, compressors, action):
+        path = make_store(tmp_path / "s.zarr", n, p, chunk, compressors=compressors)
+        planned, base, peak = measure(path, action=action)
         assert peak <= planned
         assert planned <= max(3 * peak, peak + 2 * base), "a plan that is far too careful refuses what would run"
 
