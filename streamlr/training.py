@@ -91,11 +91,11 @@ class Training:
     def _planned(self, rows: Dataset) -> tuple[Plan, bool]:
         """Return the plan, and whether a full-batch descent goes by moments: decided once, before a sample takes memory."""
         plan, by_moments = self._descent_planned(rows)
-        shape = rows.n_features, rows.n_targets
-        statistic = ResidualsOf(np.zeros(shape), np.zeros(shape[1]), rows.target_names)
+        statistic = ResidualsOf(np.zeros((rows.n_features, rows.n_targets)), np.zeros(rows.n_targets), rows.target_names)
         cost, _ = plan_pass(rows, statistic, task="cost", memory=self.memory_limit)  # it comes after all, and is refused before
         if plan.limit_source == cost.limit_source:  # else it is made by workers
-            plan = replace(plan, peak_bytes=max(plan.peak_bytes, cost.peak_bytes))
+            later = max(plan.solution_bytes, cost.peak_bytes - cost.base_bytes)
+            plan = replace(plan, solution_bytes=later, peak_bytes=max(plan.peak_bytes, plan.base_bytes + later))
         return plan, by_moments
 
     def _descent_planned(self, rows: Dataset) -> tuple[Plan, bool]:

@@ -509,7 +509,10 @@ def test_the_cost_that_comes_last_is_planned_first(mode):
     for workers in (1, 2, 4):
         with dask.config.set(num_workers=workers):
             cost = plan_pass(dataset, statistic, task="cost", memory=None)[0]
-            assert streamlr.plan(dataset, mode).peak_bytes >= 0.99 * cost.peak_bytes  # what is in use may have changed a little
+            plan = streamlr.plan(dataset, mode)
+            assert plan.peak_bytes >= 0.99 * cost.peak_bytes  # what is in use may have changed a little
+            of_tasks = plan.result_bytes + plan.tasks_per_process * plan.task_bytes
+            assert plan.peak_bytes == plan.base_bytes + max(of_tasks, plan.solution_bytes)  # as it says when it is printed
             least = cost.base_bytes + cost.result_bytes + cost.task_bytes
             with pytest.raises(MemoryLimitExceeded):
                 streamlr.fit(dataset, mode, memory_limit=least - 2**23)  # before it is found that no chunk is there

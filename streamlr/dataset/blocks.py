@@ -210,7 +210,7 @@ class Plan:
     bytes_read : int
         Decoded bytes of one pass.
     base_bytes, task_bytes, result_bytes, solution_bytes : int
-        The interpreter and its imports; one running task; results that wait to be merged; the solution, made after the pass.
+        The interpreter and its imports; one running task; results that wait to be merged; what comes after, as the solution.
     peak_bytes : int
         The most of it at any time.
     limit_bytes : int
@@ -255,7 +255,7 @@ class Plan:
                 f"tile            {self.tile_rows:,} rows",
                 f"memory, peak    {format_bytes(self.peak_bytes)} = {format_bytes(self.base_bytes)} for Python and imports"
                 f" + {self.tasks_per_process} x {format_bytes(self.task_bytes)} + {format_bytes(self.result_bytes)} of results"
-                + (f"; {format_bytes(self.solution_bytes)} to solve, later" if self.solution_bytes else ""),
+                + (f"; {format_bytes(self.solution_bytes)} later, to solve or for the cost" if self.solution_bytes else ""),
                 f"memory, limit   {format_bytes(self.limit_bytes)} ({self.limit_source})",
             ]
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -142,8 +143,7 @@ class DatasetReader:
         if confirmed or self.dataset.missing != "error" or not (weights is None or surely_finite(weights)):
             block, dropped, by_column = self._without_missing(block, positions)
         else:
-            doubt = partial(self._without_missing, block, positions)
-            block = Block(piece.start, piece.stop, x, y, weights, self._room, doubt)
+            block = replace(block, doubt=partial(self._without_missing, block, positions))
         if weights is not None and (weights < 0).any():
             i = int(np.argmax(weights < 0))
             raise DataError(

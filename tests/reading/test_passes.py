@@ -28,7 +28,7 @@ import streamlr
 from streamlr.aggregates.cost import ResidualsOf
 from streamlr.aggregates.moments import MomentsOf
 from streamlr.dataset import blocks, read_ahead
-from streamlr.dataset.blocks import Span
+from streamlr.dataset.blocks import TILE_BYTES, Span
 from streamlr.errors import Cancelled, DataError, MemoryLimitExceeded, OutputExists, UsageError
 from streamlr.passes import planning
 from streamlr.passes.memory import one_blas_thread
@@ -486,6 +486,17 @@ class TestProgress:
 
 
 class TestPredictions:
+    def test_rows_are_predicted_in_tiles_of_what_comes_out_too(self, tmp_path):
+        heights = []
+
+        def zeros(block):
+            heights.append(len(block.x))
+            return np.zeros((len(block.x), 20))
+
+        write(streamlr.Dataset(np.ones((400_000, 2))), zeros, tmp_path / "p.zarr", name="prediction", n_columns=20)
+        assert sum(heights) == 400_000
+        assert max(heights) * 20 * 8 <= TILE_BYTES
+
     @pytest.mark.parametrize("chunks", [(1000, P), (999, 7), (N, P), (30_000, P)])
     def test_same_bits_in_chunks_of_x(self, rows, model, tmp_path, chunks):
         dataset = counted(rows, chunks, (1000,))[1]
