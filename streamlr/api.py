@@ -213,7 +213,7 @@ def evaluate(model: FittedModel, dataset: Dataset, *, memory_limit: int | str | 
     check_target(dataset)
     model.check_features(dataset.feature_names)
     model.check_targets(dataset.target_names)
-    statistic = ResidualsOf(model.coef_matrix, model.intercept_vector, model.target_names)
+    statistic = ResidualsOf(model.coef_matrix, model.intercept_vector)
     with shown(progress) as callback:
         reduced = reduce(dataset, statistic, task="cost", memory_limit=memory_limit, progress=callback)
     warn_rounded(reduced.tally, stacklevel=2)

@@ -126,7 +126,7 @@ class FittedModel:
             digits=solution.digits,
             route=solution.route,
             aliased=solution.aliased,
-            cost=make_cost(squares, None, moments),
+            cost=make_cost(squares, None, moments.spread_of_targets),
             fit_intercept=fit_intercept,
             ridge=ridge,
             std_err=errors.coef[:, 0] if one else errors.coef,

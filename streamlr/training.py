@@ -91,7 +91,7 @@ class Training:
     def _planned(self, rows: Dataset) -> tuple[Plan, bool]:
         """Return the plan, and whether a full-batch descent goes by moments: decided once, before a sample takes memory."""
         plan, by_moments = self._descent_planned(rows)
-        statistic = ResidualsOf(np.zeros((rows.n_features, rows.n_targets)), np.zeros(rows.n_targets), rows.target_names)
+        statistic = ResidualsOf(np.zeros((rows.n_features, rows.n_targets)), np.zeros(rows.n_targets))
         cost, _ = plan_pass(rows, statistic, task="cost", memory=self.memory_limit)  # it comes after all, and is refused before
         if plan.limit_source == cost.limit_source:  # else it is made by workers
             later = max(plan.solution_bytes, cost.peak_bytes - cost.base_bytes)
@@ -221,7 +221,7 @@ class Training:
         order, prepare = self._order(rows), walk.objective.preparation()
         reading: dict[str, Any] = {"task": self.options.mode, "progress": self.progress}
         save = _nothing if kept is None else kept.save
-        common = (self.options, walk, rows.target_names, self._validation(held_out), self._record(rows), save)
+        common = (self.options, walk, self._validation(held_out), self._record(rows), save)
         at_once = plan.tasks_at_once
         if order.streams > 1:
             streams = ParallelStreams(rows, order, prepare, tasks_at_once=at_once, **reading)
@@ -267,7 +267,7 @@ class Training:
     def _plan_slopes(self, rows: Dataset) -> Plan:
         """Return the plan of a full-batch descent by a pass for each step."""
         coordinates = plain_coordinates(None, rows.n_features, rows.n_targets, intercept=self.fit_intercept)
-        statistic = SumsOf(coordinates, coordinates.start(), rows.target_names)
+        statistic = SumsOf(coordinates, coordinates.start())
         needed = self._sample_bytes(rows) + sampling_bytes(rows) + ITERATES * statistic.b.nbytes
         plan, _ = plan_pass(rows, statistic, task="gd", memory=self.memory_limit, solution_bytes=needed)
         return replace(plan, passes=self.options.max_epochs or 1)
@@ -278,7 +278,7 @@ class Training:
 
     def _slope_by_data(self, rows: Dataset, walk: Walk) -> Callable[[Array], Slope]:
         def slope(b: Array) -> Slope:
-            statistic = SumsOf(walk.objective.coordinates, b, rows.target_names)
+            statistic = SumsOf(walk.objective.coordinates, b)
             reduced = reduce(rows, statistic, task="gradient", memory_limit=self.memory_limit, progress=self.progress)
             return statistic.slope(reduced.value, self.ridge)
 
@@ -290,7 +290,7 @@ class Training:
         return lambda coef, intercept: self._residuals(held_out, coef, intercept).value.cost()
 
     def _residuals(self, rows: Dataset, coef: Array, intercept: Array) -> Reduced[Any]:
-        statistic = ResidualsOf(coef, intercept, rows.target_names)
+        statistic = ResidualsOf(coef, intercept)
         return reduce(rows, statistic, task="cost", memory_limit=self.memory_limit, progress=self.progress)
 
     def _record(self, rows: Dataset) -> Callable[[Record], None]:

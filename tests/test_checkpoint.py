@@ -463,7 +463,7 @@ def states(draw: st.DrawFn) -> State:
     moments = strategies.moments_of(draw(strategies.matrices(min_rows=3, min_columns=2, max_columns=2)))
     count = st.integers(0, 10**9)
     seen = Seen(draw(count), draw(count), draw(st.floats(0, 1e9)), draw(arrays(1)), draw(arrays(4, 1)))
-    cost = Residuals(np.ones(1), moments).cost()
+    cost = Residuals(np.ones(1), moments.spread).cost()
     number = st.floats(0, 1e9)
     record = Record(1, 2, 3, draw(number), cost, draw(st.sampled_from([None, cost])), draw(number), None, "whiten", draw(number))
     position = draw(st.sampled_from([(), (1, 2, 3, 4)]))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from strategies import Array, block_of, fractions_of, matrices, moments_of, row_weights, same_bits
 
 import streamlr
-from streamlr.aggregates.cost import BUFFER, PIECE_ROWS, ResidualsOf, cost_of_moments, predictions
+from streamlr.aggregates.cost import BUFFER, LONG_ROW, PIECE_ROWS, ResidualsOf, cost_of_moments, predictions
 from streamlr.dataset.blocks import Block
 from streamlr.dataset.buffers import Buffer
 from streamlr.errors import NoRows, RankWarning
@@ -21,7 +21,7 @@ from streamlr.errors import NoRows, RankWarning
 
 def of_rows(columns: Array, weights: Array | None, coef: Array, intercept: Array) -> streamlr.Cost:
     k = coef.shape[1]
-    return ResidualsOf(coef, intercept, tuple(f"y{j}" for j in range(k))).of(block_of(columns, weights, n_targets=k)).cost()
+    return ResidualsOf(coef, intercept).of(block_of(columns, weights, n_targets=k)).cost()
 
 
 @given(st.data())
@@ -62,7 +62,7 @@ def test_from_residuals_it_is_the_definition(data: st.DataObject):
 @given(st.data())
 def test_sums_add_up_and_empty_is_their_identity(data: st.DataObject):
     columns = data.draw(matrices(min_rows=2, min_columns=2))
-    statistic = ResidualsOf(np.ones((columns.shape[1] - 1, 1)), np.ones(1), ("y0",))
+    statistic = ResidualsOf(np.ones((columns.shape[1] - 1, 1)), np.ones(1))
     value = statistic.of(block_of(columns))
     assert same_bits(value + statistic.empty(), value)
     assert same_bits(statistic.empty() + value, value)
@@ -70,7 +70,8 @@ def test_sums_add_up_and_empty_is_their_identity(data: st.DataObject):
     parts = statistic.of(block_of(columns[:half])) + statistic.of(block_of(columns[half:]))
     assert parts.cost().mse == pytest.approx(value.cost().mse, rel=1e-13)
     assert parts.cost().mae == pytest.approx(value.cost().mae, rel=1e-13)
-    held = value.moments.scatter.nbytes + value.moments.mean.nbytes * 2 + value.moments.exponent.nbytes + value.magnitudes.nbytes
+    spread = value.spread
+    held = sum(a.nbytes for a in (spread.squares, spread.mean, spread.mean_rest, spread.exponent, value.magnitudes))
     assert held <= statistic.nbytes
 
 
@@ -128,14 +129,57 @@ def test_residuals_of_a_tile_do_not_depend_on_the_memory_they_are_made_in(rows: 
     rng = np.random.default_rng(rows)
     x, coef, intercept = rng.normal(size=(rows, p)), rng.normal(size=(p, k)), rng.normal(size=k)
     y, weights = 1e3 + rng.normal(size=(rows, k)), rng.random(rows) if weighted else None
-    statistic, room = ResidualsOf(coef, intercept, tuple(f"y{j}" for j in range(k))), Buffer()
+    statistic, room = ResidualsOf(coef, intercept), Buffer()
     value = statistic.of(Block(0, rows, x, y, weights))
     for _ in range(2):  # in fresh memory, and in the same again
         assert same_bits(statistic.of(Block(0, rows, x, y, weights, room)), value)
     residuals, share = y - intercept - x @ coef, np.ones(rows) if weights is None else weights
     np.testing.assert_allclose(value.magnitudes, share @ np.abs(residuals), rtol=1e-13)
     np.testing.assert_allclose(value.cost().mse, share @ residuals**2 / share.sum(), rtol=1e-13)
-    assert (value.moments.scatter == value.moments.scatter.T).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8", "uint16", "bool", ">f4"])
+@pytest.mark.parametrize("rows", [3, 2 * PIECE_ROWS + 5])
+def test_features_as_they_are_stored_have_the_residuals_of_their_float64(rows: int, dtype: str):
+    rng = np.random.default_rng(rows)
+    x = rng.uniform(0, 100, size=(rows, LONG_ROW)).astype(dtype)
+    y, coef = rng.normal(size=(rows, 1)), rng.normal(size=(LONG_ROW, 1))
+    statistic = ResidualsOf(coef, np.ones(1))
+    assert statistic.as_stored
+    found, expected = (statistic.of(Block(0, rows, features, y)).cost() for features in (x, x.astype(np.float64)))
+    assert (found.mse, found.mae) == (pytest.approx(expected.mse, rel=1e-13), pytest.approx(expected.mae, rel=1e-13))
+    assert found.mse == pytest.approx(np.square(y - 1 - x.astype(np.float64) @ coef).mean(), rel=1e-13)
+
+
+def test_features_come_as_they_are_stored_where_they_are_promoted_in_one_go():
+    assert not ResidualsOf(np.ones((LONG_ROW - 1, 1)), np.ones(1)).as_stored
+    assert not ResidualsOf(np.ones((LONG_ROW, 2)), np.ones(2)).as_stored
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("scale", [1.0, 1e200])
+@pytest.mark.parametrize("far", [1e9, -3e5, 1e-7])
+def test_targets_near_which_they_are_centred_may_say_nothing_about_the_others(far: float, scale: float, weighted: bool):
+    rows = 64 * 100
+    rng = np.random.default_rng(0)
+    y = rng.normal(size=rows)
+    y[:: rows // 64] = far + 1e-3 * y[:: rows // 64]  # the rows that are looked at first
+    weights = rng.random(rows) if weighted else None
+    found = of_rows(np.column_stack([np.zeros(rows), y * scale]), weights, np.ones((1, 1)), np.array([0.5 * scale]))
+    share = np.ones(rows) if weights is None else weights
+    around = share @ (y - share @ y / share.sum()) ** 2
+    assert found.r2 == pytest.approx(1 - share @ (y - 0.5) ** 2 / around, rel=1e-12)
+    assert found.mae == pytest.approx(share @ np.abs(y - 0.5) / share.sum() * scale, rel=1e-12)
+
+
+@given(st.data())
+def test_the_spread_of_parts_is_the_diagonal_of_their_moments(data: st.DataObject):
+    columns = data.draw(matrices(min_rows=2, min_columns=2))
+    weights = data.draw(row_weights(len(columns)))
+    half = len(columns) // 2
+    parts = [moments_of(columns[part], None if weights is None else weights[part]) for part in (slice(half), slice(half, None))]
+    found, expected = parts[0].spread + parts[1].spread, (parts[0] + parts[1]).spread
+    assert same_bits(found, expected)
 
 
 def test_without_weight_there_is_no_cost():

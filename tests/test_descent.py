@@ -389,9 +389,8 @@ def test_what_steps_met_is_the_cost_of_their_residuals(seed, k, weighted, unit, 
     for first, last in pairwise(data.draw(cuts(n))):
         seen = seen.of(residuals[first:last], targets[first:last], w[first:last] if weighted else None, 1)
     weights = w[:, 0] * mean_weight if weighted else None
-    names = tuple("uvw"[:k])
-    expected = residual_sums(Block(0, n, residuals * unit, targets * unit, weights), names).cost()
-    found = seen.cost(coordinates, names)
+    expected = residual_sums(Block(0, n, residuals * unit, targets * unit, weights)).cost()
+    found = seen.cost(coordinates)
     assert found.n == expected.n
     for name in ("mse", "mae", "weight_sum"):
         np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=1e-12)
@@ -505,7 +504,7 @@ def test_the_cost_that_comes_last_is_planned_first(mode):
     """Its spans end within tiles, whose rows are kept: more than a descent itself needs of such small chunks."""
     arrays = [zarr.create_array(MemoryStore(), shape=(10**8, *w), chunks=(10_000, *w), dtype="f8") for w in ((100,), ())]
     dataset = streamlr.Dataset(*arrays)
-    statistic = ResidualsOf(np.zeros((100, 1)), np.zeros(1), ("y",))
+    statistic = ResidualsOf(np.zeros((100, 1)), np.zeros(1))
     for workers in (1, 2, 4):
         with dask.config.set(num_workers=workers):
             cost = plan_pass(dataset, statistic, task="cost", memory=None)[0]

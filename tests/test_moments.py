@@ -28,6 +28,7 @@ from strategies import (
 from streamlr.aggregates import centred, moments
 from streamlr.aggregates.centred import CONSTANT
 from streamlr.aggregates.moments import Moments, MomentsOf
+from streamlr.aggregates.spread import NO_SCALE
 from streamlr.dataset.blocks import Block
 from streamlr.dataset.buffers import Buffer
 from streamlr.dataset.dataset import default_names
@@ -66,7 +67,9 @@ def assert_close(a: Moments, b: Moments, tolerance: float = 1e-13) -> None:
 
 
 def in_units_of(value: Moments, exponent: NDArray[np.int32]) -> Moments:
-    mean, rest, scatter = moments._in_units_of(value, exponent)
+    shift = np.maximum(value.exponent - exponent, NO_SCALE)
+    mean, rest = np.ldexp(value.mean, shift), np.ldexp(value.mean_rest, shift)
+    scatter = np.ldexp(value.scatter, shift[:, None] + shift)
     return replace(value, mean=mean, mean_rest=rest, scatter=scatter, exponent=exponent)
 
 

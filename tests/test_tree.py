@@ -59,7 +59,7 @@ def tables(draw: st.DrawFn, max_rows: int = 90) -> Rows:
 def test_any_cut_and_any_order_leave_the_same_bits(data: st.DataObject):
     rows = data.draw(tables())
     n = len(rows.columns)
-    statistics: list[Statistic] = [MomentsOf(*NAMES), ResidualsOf(np.ones((2, 1)), np.zeros(1), ("y0",))]
+    statistics: list[Statistic] = [MomentsOf(*NAMES), ResidualsOf(np.ones((2, 1)), np.zeros(1))]
     for statistic in statistics:
         whole = rows.partial(0, n, statistic).result()
         edges = data.draw(cuts(n))
@@ -121,7 +121,7 @@ def test_a_whole_tile_twice_is_named_by_its_rows():
 
 def test_what_was_joined_may_go_on_and_change_nothing_elsewhere():
     rows = Rows(np.random.default_rng(0).standard_normal((4 * TILE, 3)), None, np.ones(4 * TILE, dtype=bool))
-    for statistic in (MomentsOf(*NAMES), ResidualsOf(np.ones((2, 1)), np.zeros(1), ("y0",))):
+    for statistic in (MomentsOf(*NAMES), ResidualsOf(np.ones((2, 1)), np.zeros(1))):
         first = rows.partial(0, TILE, statistic)
         joined = Partial(first.tree, statistic).join([first, rows.partial(2 * TILE, 4 * TILE, statistic)])
         expected = rows.partial(0, TILE, statistic).join([rows.partial(2 * TILE, 4 * TILE, statistic)])

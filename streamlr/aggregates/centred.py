@@ -73,7 +73,7 @@ def centred_product(block: Block, total: float, precision: str) -> tuple[Array, 
     say too little about the others the rows are centred again, so that the correction costs next to no digits.
     """
     few = max(block.x.shape[1], block.y.shape[1]) <= FEW_COLUMNS and precision == "double"
-    centre = _centre_of_some(block, None if few else HARDLY[precision])
+    centre = centre_of_some(block, None if few else HARDLY[precision])
 
     def around(centre: Array) -> tuple[Products, Array]:
         products = _products_of_columns(block, centre) if few else _products_of_rows(block, centre, precision)
@@ -81,8 +81,7 @@ def centred_product(block: Block, total: float, precision: str) -> tuple[Array, 
 
     products, offset = around(centre)
     for _ in range(ROUNDS):
-        far = offset * offset * total > MOSTLY[precision] * products.squares
-        if not far.any() or not (far & (np.abs(offset) > CONSTANT * np.abs(centre))).any():
+        if not far_off(offset, centre, total, products.squares, precision):
             break
         centre = centre + offset
         del products  # its memory is planned for once
@@ -93,7 +92,13 @@ def centred_product(block: Block, total: float, precision: str) -> tuple[Array, 
     return *exact_sum(centre, offset), scatter
 
 
-def _centre_of_some(block: Block, hardly: float | None) -> Array:
+def far_off(offset: Array, centre: Array, total: float, squares: Array, precision: str = "double") -> bool:
+    """Return whether a centre is so far off from the mean that squares about it say too little of those about the mean."""
+    far = offset * offset * total > MOSTLY[precision] * squares
+    return bool(far.any() and (far & (np.abs(offset) > CONSTANT * np.abs(centre))).any())
+
+
+def centre_of_some(block: Block, hardly: float | None) -> Array:
     """Return the mean of rows that are spread over a block, of all where those have no weight; zero for features if it will do.
 
     It will where no square of a mean is more than `hardly` of the mean square; never where that is None.

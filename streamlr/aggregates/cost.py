@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from streamlr.aggregates.centred import CONSTANT
-from streamlr.aggregates.moments import Moments, MomentsOf
-from streamlr.dataset.blocks import Block
+from streamlr.aggregates.centred import CONSTANT, ROUNDS, centre_of_some, exact_sum, far_off
+from streamlr.aggregates.moments import Moments
+from streamlr.aggregates.spread import SQUARES, Exponents, Spread, exponents_of, overflowing, units_of
+from streamlr.dataset.blocks import Block, tile_rows
 from streamlr.errors import NoRows
 
-Number = float | NDArray[np.float64]
-PIECE_ROWS = 8192  # whose predictions are made at once: columns of so many numbers stay in a core's cache
+Array = NDArray[np.float64]
+Number = float | Array
+MadeOf = Callable[[slice, Array, Array], None]  # makes residuals of some rows of their targets, all in columns, into memory
+PIECE_ROWS = 8192  # at most, whose residuals are made at once
+PIECE_BYTES = 2**19  # of them: with the targets, and what is made on the way, a core's cache holds them
+LONG_ROW = 10  # features from which on `einsum` promotes rows faster than they are copied into float64
 BUFFER = 4096  # NumPy's iterator cuts longer rows where its buffer of 8,192 numbers ends, which depends on the rows before
 
 
@@ -87,27 +92,30 @@ class Residuals:
     ----------
     magnitudes : (k,) float64
         sum w_i |r_i| of the residuals r_i = y_i - b0 - x_i'b.
-    moments : Moments
-        Of [r y], for the squares of both, whose range float64 may not hold.
+    spread : Spread
+        Of [r y]: of the residuals about zero, of the targets about their mean.
     """
 
-    magnitudes: NDArray[np.float64]
-    moments: Moments
+    magnitudes: Array
+    spread: Spread
+
+    @classmethod
+    def empty(cls, n_targets: int, n: int = 0) -> Residuals:
+        """Return the sums over no rows, or over `n` without weight."""
+        return cls(np.zeros(n_targets), Spread.empty(2 * n_targets, n))
 
     def __add__(self, other: Residuals) -> Residuals:
-        return Residuals(self.magnitudes + other.magnitudes, self.moments + other.moments)
+        return Residuals(self.magnitudes + other.magnitudes, self.spread + other.spread)
 
-    def absorb(self, other: Residuals) -> Residuals:
-        """Return the sum in the memory of these moments: use these sums no more."""
-        return Residuals(self.magnitudes + other.magnitudes, self.moments.absorb(other.moments))
+    absorb = __add__  # there is hardly any memory to save
 
     def cost(self) -> Cost:
         """Return the cost that these sums amount to."""
-        moments, k = self.moments, self.moments.n_targets
-        squares = np.diagonal(moments.scatter)[:k] + moments.weight_sum * moments.mean[:k] ** 2
+        k = len(self.magnitudes)
+        targets, units = self.spread.columns(k, 2 * k), self.spread.units
         with np.errstate(over="ignore"):
-            squares = np.ldexp(squares, 2 * (moments.units[:k] - moments.units[k:]))
-        return make_cost(squares, self.magnitudes, moments)
+            squares = np.ldexp(self.spread.squares[:k], 2 * (units[:k] - units[k:]))
+        return make_cost(squares, self.magnitudes, targets)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -120,60 +128,121 @@ class ResidualsOf:
         Coefficients.
     intercept : (k,) float64
         Intercepts.
-    target_names : tuple of str
-        Names of the k targets.
     """
 
-    coef: NDArray[np.float64]
-    intercept: NDArray[np.float64]
-    target_names: tuple[str, ...]
+    coef: Array
+    intercept: Array
 
     @property
     def nbytes(self) -> int:
         """Bytes of one value."""
-        return self._columns.nbytes + 8 * len(self.target_names)
+        return 8 * 8 * len(self.intercept)
+
+    @property
+    def as_stored(self) -> bool:
+        """Whether rows are promoted on the way into one target's predictions, for which the memory of a tile is too slow."""
+        p, k = self.coef.shape
+        return bool(k == 1 and p >= LONG_ROW)
 
     def empty(self) -> Residuals:
         """Return the sums over no rows."""
-        return Residuals(np.zeros(len(self.target_names)), self._columns.empty())
+        return Residuals.empty(len(self.intercept))
 
     def of(self, block: Block) -> Residuals:
         """Return the sums over the rows of `block`."""
         if not self.coef.all():  # there may be a BLAS that skips what is multiplied by zero
             block.confirm()
-        m, k = block.y.shape
-        residuals, magnitudes = block.workspace(k * m).reshape(k, m), np.zeros(k)
-        # a product is free to round rows by their neighbours, but a tile's rows always have the same: `predictions` is slower
-        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is found in the sums
-            for first in range(0, m, PIECE_ROWS):
-                here = slice(first, first + PIECE_ROWS)
-                columns = np.subtract(block.y[here].T, self.intercept[:, None], out=residuals[:, here])
-                columns -= self.coef.T.dot(block.x[here].T)
-                magnitudes += _magnitudes(columns, None if block.weights is None else block.weights[here])
-        room = None if block.room is None else block.room.another
-        rows = Block(block.start, block.stop, residuals.T, block.y, block.weights, room, block.doubt)
-        return Residuals(magnitudes, self._columns.of(rows))
 
-    @property
-    def _columns(self) -> MomentsOf:
-        return MomentsOf(self.target_names, self.target_names)
+        def residuals(here: slice, targets: Array, out: Array) -> None:
+            np.subtract(targets, self.intercept[:, None], out=out)
+            # a product may round rows by their neighbours, but those of a tile always have the same: `predictions` is slower
+            x = block.x[here]
+            if x.dtype == np.float64:
+                out -= self.coef.T.dot(x.T)
+            else:
+                out -= np.einsum("ij,j->i", x, self.coef[:, 0])
+
+        return _sums(block, residuals)
 
 
-def residual_sums(rows: Block, target_names: tuple[str, ...]) -> Residuals:
+def residual_sums(rows: Block) -> Residuals:
     """Return the sums over rows that have residuals (m, k) in the place of features."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        magnitudes = _magnitudes(rows.x.T, rows.weights)
-    return Residuals(magnitudes, MomentsOf(target_names, target_names).of(rows))
+
+    def residuals(here: slice, _: Array, out: Array) -> None:
+        out[:] = rows.x[here].T
+
+    return _sums(rows, residuals)
 
 
-def _magnitudes(residuals: NDArray[np.float64], weights: NDArray[np.float64] | None) -> NDArray[np.float64]:
-    """Return the weighted sums of absolute residuals (k, m)."""
-    sizes = np.abs(residuals)
-    sums: NDArray[np.float64] = sizes.sum(axis=1) if weights is None else sizes.dot(weights)
-    return sums
+def _sums(rows: Block, residuals: MadeOf) -> Residuals:
+    """Return the sums over rows whose residuals are made piece by piece."""
+    m, k = rows.y.shape
+    total = float(m) if rows.weights is None else float(rows.weights.sum())
+    if total == 0:
+        rows.confirm()
+        return Residuals.empty(k, m)
+    exponent = np.zeros(2 * k, dtype=np.int32)
+    small, large = SQUARES["double"]
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):  # what is not finite is found in the sums
+        magnitudes, spread = _sums_in(exponent, rows, residuals, total)
+        unusual = ~((spread.squares > small) & (spread.squares < large) & (spread.mean**2 < large))
+        if unusual.any():
+            as_they_are = _pieces(rows, residuals, np.zeros(k), np.zeros(2 * k, dtype=np.int32))
+            largest = np.max([np.abs(columns).max(axis=1) for columns, _ in as_they_are], axis=0)
+            exponent[unusual] = exponents_of(largest[unusual])
+            magnitudes, spread = _sums_in(exponent, rows, residuals, total)
+    if not np.isfinite(spread.squares).all():
+        raise overflowing(rows)
+    return Residuals(magnitudes, spread)
 
 
-def predictions(x: NDArray[np.float64], coef: NDArray[np.float64], intercept: NDArray[np.float64]) -> NDArray[np.float64]:
+def _sums_in(exponent: Exponents, rows: Block, residuals: MadeOf, total: float) -> tuple[Array, Spread]:
+    """Return magnitudes of residuals, and the spread of [r y] in given units.
+
+    Targets are centred near their mean, and the squares corrected, as it is done in `centred_product`.
+    """
+    m, k = rows.y.shape
+    unit = units_of(exponent)
+    targets = np.ldexp(rows.y, -unit[k:]) if unit.any() else rows.y
+    centre = centre_of_some(Block(rows.start, rows.stop, targets[:, :0], targets, rows.weights), None)
+    for left in reversed(range(ROUNDS + 1)):
+        sums, squares = np.zeros(2 * k), np.zeros(2 * k)
+        for columns, weights in _pieces(rows, residuals, centre, unit):
+            weighted = columns if weights is None else columns * weights
+            squares += np.einsum("ij,ij->i", weighted, columns)
+            np.abs(weighted[:k], out=weighted[:k])
+            sums += weighted.sum(axis=1)
+        offset = sums[k:] / total
+        if not left or not far_off(offset, centre, total, squares[k:]):
+            break
+        centre = centre + offset
+    squares[k:] = np.maximum(squares[k:] - (offset * np.sqrt(total)) ** 2, 0.0)
+    mean, rest = exact_sum(centre, offset)
+    zeros = np.zeros(k)
+    spread = Spread(m, total, np.concatenate([zeros, mean]), np.concatenate([zeros, rest]), squares, exponent)
+    return np.ldexp(sums[:k], unit[:k]), spread
+
+
+def _pieces(rows: Block, residuals: MadeOf, centre: Array, unit: Exponents) -> Iterator[tuple[Array, Array | None]]:
+    """Yield columns [r, y - centre], (2 k, h), of rows in units, and their weights, while a core's cache holds them.
+
+    The centre (k,) is in units already.
+    """
+    m, k = rows.y.shape
+    height = min(PIECE_ROWS, tile_rows(k, 0, PIECE_BYTES), m)
+    room, scaled = rows.workspace(2 * k * height), unit.any()
+    for first in range(0, m, height):
+        here = slice(first, min(first + height, m))
+        columns = room[: 2 * k * (here.stop - first)].reshape(2 * k, -1)
+        targets = np.ascontiguousarray(rows.y[here].T)
+        residuals(here, targets, columns[:k])
+        if scaled:
+            columns[:k], targets = np.ldexp(columns[:k], -unit[:k, None]), np.ldexp(targets, -unit[k:, None])
+        np.subtract(targets, centre[:, None], out=columns[k:])
+        yield columns, None if rows.weights is None else rows.weights[here]
+
+
+def predictions(x: Array, coef: Array, intercept: Array) -> Array:
     """Return b0 + x b, row by row, so that a row's prediction does not depend on the rows beside it.
 
     A matrix product is free to take other paths for other heights and so to round differently. `einsum` walks along each row as
@@ -208,16 +277,16 @@ def predictions(x: NDArray[np.float64], coef: NDArray[np.float64], intercept: ND
     return out
 
 
-def cost_of_moments(moments: Moments, coef: NDArray[np.float64], intercept: NDArray[np.float64]) -> Cost:
+def cost_of_moments(moments: Moments, coef: Array, intercept: Array) -> Cost:
     """Return the cost of any coefficients, (p, k), and intercepts, (k,), from moments of the rows: no row is read.
 
     Residuals that are too small to be told from the rounding of the moments give a bound; see `Moments.cost_sums`.
     """
-    return make_cost(moments.cost_sums(coef, intercept)[0], None, moments)
+    return make_cost(moments.cost_sums(coef, intercept)[0], None, moments.spread_of_targets)
 
 
-def make_cost(squares: NDArray[np.float64], magnitudes: NDArray[np.float64] | None, moments: Moments) -> Cost:
-    """Return the cost from residual sums and the moments of the targets.
+def make_cost(squares: Array, magnitudes: Array | None, targets: Spread) -> Cost:
+    """Return the cost from residual sums and the spread of the targets about their mean.
 
     `squares` are in units of 4**exponent of each target, `magnitudes` in the target's.
 
@@ -226,17 +295,15 @@ def make_cost(squares: NDArray[np.float64], magnitudes: NDArray[np.float64] | No
     NoRows
         No row has a weight above zero.
     """
-    total = moments.weight_sum
+    total = targets.weight_sum
     if total == 0:
         raise NoRows("no row with a weight above zero is left; check the weights, missing= and the split")
-    p = moments.n_features
-    spread, constant = np.diagonal(moments.scatter)[p:], moments.constant[p:]
-    met = squares <= total * (CONSTANT * moments.mean[p:]) ** 2
+    met = squares <= total * (CONSTANT * targets.mean) ** 2
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        r2 = np.where(constant, np.where(met, 1.0, 0.0), 1 - squares / spread)
-        mse = np.ldexp(squares / total, 2 * moments.units[p:])
+        r2 = np.where(targets.constant, np.where(met, 1.0, 0.0), 1 - squares / targets.squares)
+        mse = np.ldexp(squares / total, 2 * targets.units)
     mae = None if magnitudes is None else _scalar(magnitudes / total)
-    return Cost(_scalar(mse), _scalar(r2), moments.n, mae, total)
+    return Cost(_scalar(mse), _scalar(r2), targets.n, mae, total)
 
 
 def number_or_array(value: Any, absent: float | None = None) -> Any:
@@ -247,7 +314,7 @@ def number_or_array(value: Any, absent: float | None = None) -> Any:
     return array if absent is None else np.where(np.isnan(array), absent, array)
 
 
-def _scalar(values: NDArray[np.float64]) -> Number:
+def _scalar(values: Array) -> Number:
     return float(values[0]) if len(values) == 1 else values
 
 

@@ -7,14 +7,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from streamlr.aggregates.centred import CONSTANT, EPS, STRIP, centred_product, exact_sum
+from streamlr.aggregates.centred import EPS, STRIP, centred_product
+from streamlr.aggregates.spread import NO_SCALE, SQUARES, Spread, exponents_of, meeting, overflowing, units_of
 from streamlr.dataset.blocks import Block
-from streamlr.errors import NumericalError, UsageError
+from streamlr.errors import UsageError
 
-# A column keeps its own unit while its squares stay well inside the range of the numbers that are multiplied, so that sums do too.
-SQUARES = {"double": (1e-150, 1e150), "single": (1e-25, 1e25)}
 ROUNDINGS = 8  # eps, of a difference of sums, beside the sum of their sizes
-NO_SCALE = -4096  # the exponent of a column that has shown nothing but zeros: below every other, so that any other wins
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,14 +86,23 @@ class Moments:
     @property
     def units(self) -> NDArray[np.int32]:
         """Exponents to compute with: 0 for a column that has shown nothing but zeros."""
-        units: NDArray[np.int32] = np.where(self.exponent == NO_SCALE, np.int32(0), self.exponent)
-        return units
+        return units_of(self.exponent)
 
     @property
     def constant(self) -> NDArray[np.bool_]:
         """Which columns, (p + k,), do not vary beyond the rounding of their mean."""
-        flat: NDArray[np.bool_] = np.diagonal(self.scatter) <= self.weight_sum * (CONSTANT * self.mean) ** 2
-        return flat
+        return self.spread.constant
+
+    @property
+    def spread(self) -> Spread:
+        """How far each column, features first, lies from its mean."""
+        squares = np.diagonal(self.scatter)
+        return Spread(self.n, self.weight_sum, self.mean, self.mean_rest, squares, self.exponent)
+
+    @property
+    def spread_of_targets(self) -> Spread:
+        """How far each target lies from its mean."""
+        return self.spread.columns(self.n_features, len(self.mean))
 
     def __add__(self, other: Moments) -> Moments:
         if not isinstance(other, Moments):
@@ -117,29 +124,18 @@ class Moments:
         precision = "single" if "single" in (self.precision, other.precision) else "double"
         if self.n == 0 or other.n == 0:
             return replace((other if self.n == 0 else self).copy(), n_dropped=n_dropped, precision=precision)
-        # the mean starts from the heavier side, so that rows of little or no weight hardly move it
-        heavy, light = (self, other) if self.weight_sum >= other.weight_sum else (other, self)
-        exponent = np.maximum(self.exponent, other.exponent)
-        mean, rest, scatter = _in_units_of(heavy, exponent)
-        other_mean, other_rest, other_scatter = _in_units_of(light, exponent)
-        total = self.weight_sum + other.weight_sum
-        share = light.weight_sum / total if total else 0.0
-        step = (other_mean - mean) + (other_rest - rest)
-        mean, left = exact_sum(mean, step * share)
-        mean, rest = exact_sum(mean, left + rest)
-        step *= np.sqrt(heavy.weight_sum) * np.sqrt(share)
+        both = meeting(self.spread, other.spread)
+        mine, others = (_shifted(side.scatter, shift) for side, shift in zip((self, other), both.shifts, strict=True))
         with np.errstate(over="ignore"):
-            for first in range(0, len(step), STRIP):
+            for first in range(0, len(merged), STRIP):
                 rows = slice(first, first + STRIP)
-                np.add(scatter[rows], other_scatter[rows], out=merged[rows])
-                merged[rows] += step[rows, None] * step
-        if not (np.isfinite(total) and np.isfinite(np.diagonal(merged)).all()):
-            raise NumericalError(
-                "the sum of the weights, or of squares times weights, overflows; divide the weights by their largest"
-            )
+                np.add(mine[rows], others[rows], out=merged[rows])
+                merged[rows] += both.step[rows, None] * both.step
+        both.check(np.diagonal(merged))
         n, n_weighted = self.n + other.n, self.n_weighted + other.n_weighted
         names = self.feature_names, self.target_names
-        return Moments(n, n_weighted, total, mean, rest, merged, exponent, *names, n_dropped, precision)
+        at = both.weight_sum, both.mean, both.mean_rest
+        return Moments(n, n_weighted, *at, merged, both.exponent, *names, n_dropped, precision)
 
     def cost_sums(self, coef: NDArray[np.float64], intercept: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
         r"""Return the residual sum of squares of any coefficients, without reading rows.
@@ -196,6 +192,11 @@ class MomentsOf:
         """Bytes of one value."""
         return 8 * self.width * (self.width + 3)
 
+    @property
+    def as_stored(self) -> bool:
+        """Features come as float64."""
+        return False
+
     def empty(self) -> Moments:
         """Return the moments of no rows."""
         q = self.width
@@ -218,38 +219,25 @@ class MomentsOf:
             squares = np.diagonal(scatter)
             unusual = ~((squares > small) & (squares < large) & (mean * mean < large))
             if unusual.any():
-                exponent[unusual] = _exponents(block, np.flatnonzero(unusual), small, large)
-                unit = np.where(exponent == NO_SCALE, 0, exponent)
+                exponent[unusual] = exponents_of(_largest(block, np.flatnonzero(unusual)), self.precision)
+                unit = units_of(exponent)
                 if unit.any():
                     p = len(self.feature_names)
                     del scatter, squares  # their memory is planned for once
                     x, y = np.ldexp(block.x, -unit[:p]), np.ldexp(block.y, -unit[p:])
                     mean, rest, scatter = centred_product(Block(block.start, block.stop, x, y, weights), total, self.precision)
         if not np.isfinite(np.diagonal(scatter)).all():
-            block.confirm()
-            raise NumericalError(
-                f"the squares of rows {block.start:,} to {block.stop - 1:,} overflow although every value is finite; "
-                "are there weights near 1e300? divide them by their largest"
-            )
+            raise overflowing(block)
         names = self.feature_names, self.target_names
         return Moments(n, n_weighted, total, mean, rest, scatter, exponent, *names, precision=self.precision)
 
 
-def _exponents(block: Block, columns: NDArray[np.intp], small: float, large: float) -> NDArray[np.int32]:
-    """Return the power of two nearest above the largest magnitude in each of some columns, 0 for those of ordinary size."""
+def _largest(block: Block, columns: NDArray[np.intp]) -> NDArray[np.float64]:
+    """Return the largest magnitude in each of some columns."""
     p = block.x.shape[1]
-    largest = np.array([np.abs(block.x[:, j] if j < p else block.y[:, j - p]).max() for j in columns])
-    exponent = np.frexp(largest)[1].astype(np.int32)
-    exponent[(largest > np.sqrt(small)) & (largest < np.sqrt(large))] = 0
-    exponent[largest == 0] = NO_SCALE
-    return np.asarray(exponent)
+    return np.array([np.abs(block.x[:, j] if j < p else block.y[:, j - p]).max() for j in columns])
 
 
-def _in_units_of(
-    moments: Moments, exponent: NDArray[np.int32]
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Return mean, its rest and scatter in units of 2**exponent; exact, but for what vanishes beside columns so much larger."""
-    shift = np.maximum(moments.exponent - exponent, NO_SCALE)
-    if not shift.any():
-        return moments.mean, moments.mean_rest, moments.scatter
-    return np.ldexp(moments.mean, shift), np.ldexp(moments.mean_rest, shift), np.ldexp(moments.scatter, shift[:, None] + shift)
+def _shifted(scatter: NDArray[np.float64], shift: NDArray[np.int32]) -> NDArray[np.float64]:
+    """Return a scatter in other units, itself where they are its own."""
+    return np.ldexp(scatter, shift[:, None] + shift) if shift.any() else scatter

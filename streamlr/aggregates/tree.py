@@ -41,6 +41,11 @@ class Statistic(Protocol[S_co]):
         """Bytes of one value."""
         ...
 
+    @property
+    def as_stored(self) -> bool:
+        """Whether `of` takes features of a dtype shorter than float64 as they are stored, to promote them itself."""
+        ...
+
     def empty(self) -> S_co:
         """Return the value of no rows."""
         ...

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +31,8 @@ class Block:
         The rows of the dataset that this block covers.
     x, y : (m, p) and (m, k) float64
         Features and targets of the m <= stop - start rows that are kept; C-contiguous as they are read, and perhaps where somebody
-        else keeps them: not to be written to, but by who made room for them.
+        else keeps them: not to be written to, but by who made room for them. For who asks for it features are as they are stored,
+        in float32 say.
     weights : (m,) float64 or None
         Weights of the kept rows.
     room : Buffer or None
@@ -41,7 +43,7 @@ class Block:
 
     start: int
     stop: int
-    x: NDArray[np.float64]
+    x: NDArray[Any]
     y: NDArray[np.float64]
     weights: NDArray[np.float64] | None = None
     room: Buffer | None = None

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,7 @@ from streamlr.errors import DataError, NonFiniteValue
 if TYPE_CHECKING:
     from streamlr.dataset.dataset import Dataset
 
+FLOAT64 = np.dtype(np.float64)
 EXACT_INTEGERS = 2.0**53  # from here on float64 skips integers: what reads as this may have been the next one
 
 
@@ -47,7 +48,13 @@ class DatasetReader:
             self._expect(())  # an error, or a caller that stops here, leaves no request behind
 
     def blocks(
-        self, span: Span, report: Callable[[Tally], None], tile: int | None = None, *, confirmed: bool = True
+        self,
+        span: Span,
+        report: Callable[[Tally], None],
+        tile: int | None = None,
+        *,
+        confirmed: bool = True,
+        as_stored: bool = False,
     ) -> Iterator[Block]:
         """Read the rows of a span: blocks that end where tiles end, promoted, checked and with missing rows left out.
 
@@ -64,6 +71,8 @@ class DatasetReader:
         confirmed : bool
             Look for what is not finite in every block. Whoever forms sums in which it shows may do without, and `confirm` blocks
             whose sums are not finite. Where rows are left out they are looked for in any case.
+        as_stored : bool
+            Leave features of one dtype that is shorter than float64 to be promoted by who uses them.
 
         Yields
         ------
@@ -72,7 +81,7 @@ class DatasetReader:
         """
         with nullcontext() if self._expecting else self.expecting([span]):
             for piece in tile_edges(span.start, span.stop, tile or self.dataset.tile_rows):
-                yield self._read(piece, report, confirmed)
+                yield self._read(piece, report, confirmed, as_stored=as_stored)
 
     def fill(self, span: Span, report: Callable[[Tally], None], room: Block) -> Block:
         """Read the rows of a span into memory, decoded where they stay if possible, and return those that are kept.
@@ -116,10 +125,18 @@ class DatasetReader:
     def _chunks_missing(self) -> int:
         return sum(side.chunks_missing for side in self._sides)
 
-    def _read(self, piece: Span, report: Callable[[Tally], None], confirmed: bool, room: Block | None = None) -> Block:
+    def _read(
+        self,
+        piece: Span,
+        report: Callable[[Tally], None],
+        confirmed: bool,
+        room: Block | None = None,
+        *,
+        as_stored: bool = False,
+    ) -> Block:
         """Read some rows, into `room` if there is one, and report what was met."""
         missing_before = self._chunks_missing()
-        x = self._x.rows(piece, None if room is None else room.x)
+        x = self._x.rows(piece, None if room is None else room.x, self._x.dtype if as_stored else FLOAT64)
         y = self._y.rows(piece, None if room is None else room.y)
         weights = None
         if self._weights is not None:
@@ -191,6 +208,9 @@ class _Beside:
         ]
         self._width = ends[-1]
         self._tile = Buffer()
+        dtypes = {rows.dtype for rows in arrays}
+        shorter = len(dtypes) == 1 and arrays[0].dtype.itemsize < FLOAT64.itemsize
+        self.dtype = arrays[0].dtype if shorter else FLOAT64  # that holds every number
 
     @property
     def exact(self) -> bool:
@@ -212,18 +232,25 @@ class _Beside:
         for reader in self._readers:
             reader.forget()
 
-    def rows(self, piece: Span, into: NDArray[np.float64] | None = None) -> NDArray[np.float64]:
-        """Return the rows of a piece, (m, columns) in C order, in `into` or else valid until the next are asked for."""
+    def rows(self, piece: Span, into: NDArray[np.float64] | None = None, dtype: np.dtype[Any] = FLOAT64) -> NDArray[Any]:
+        """Return the rows of a piece, (m, columns) in C order, in `into` or else valid until the next are asked for.
+
+        They are float64, or else of the `dtype` of all arrays.
+        """
         shape = piece.stop - piece.start, self._width
         if into is not None:
             tile = into[: shape[0]]
-        elif len(self._readers) == 1 and (view := self._readers[0].view(piece.start, piece.stop)) is not None:
+        elif len(self._readers) == 1 and (view := self._view(piece, dtype)) is not None:
             return view
         else:
-            tile = self._tile.take(8 * shape[0] * shape[1]).view(np.float64).reshape(shape)
+            tile = self._tile.take(dtype.itemsize * shape[0] * shape[1]).view(dtype).reshape(shape)
         for reader, place in zip(self._readers, self._places, strict=True):
             reader.read_into(tile[:, place], piece.start)
         return tile
+
+    def _view(self, piece: Span, dtype: np.dtype[Any]) -> NDArray[Any] | None:
+        view = self._readers[0].view(piece.start, piece.stop)
+        return view if view is not None and view.dtype == dtype else None
 
     def rounded(self, rows: NDArray[np.float64]) -> list[int]:
         """Return the positions of columns of 64-bit integers in which these rows have one that float64 cannot hold."""

@@ -28,14 +28,14 @@ class Reader(Protocol):
         """Let go of what is held, but for its memory, as if nothing had been read."""
         ...
 
-    def read_into(self, out: NDArray[np.float64], start: int) -> None:
-        """Fill `out` (m, c) with the rows start, ..., start + m - 1, promoted to float64."""
+    def read_into(self, out: NDArray[Any], start: int) -> None:
+        """Fill `out` (m, c), of float64 or the stored dtype, with the rows start, ..., start + m - 1."""
         ...
 
-    def view(self, start: int, stop: int) -> NDArray[np.float64] | None:
-        """Return the rows [start, stop) where they lie, valid until others are read, if that is as (m, c) float64 in C order.
+    def view(self, start: int, stop: int) -> NDArray[Any] | None:
+        """Return the rows [start, stop) where they lie as they are stored, valid until others are read, if that is in C order.
 
-        None where they do not: `read_into` copies them.
+        None where it is not: `read_into` copies them.
         """
         ...
 
@@ -103,10 +103,9 @@ def check_dtype(dtype: np.dtype[Any], label: str) -> None:
         raise UnsupportedDtype(f"array {label!r} has dtype {dtype}; allowed are integers, bool and float16 to float64: {advice}")
 
 
-def as_float64(rows: NDArray[Any]) -> NDArray[np.float64] | None:
-    """Return rows that are float64 in C order already, as BLAS takes them; None for others."""
-    plain = rows.dtype == np.float64 and rows.flags.c_contiguous and rows.flags.aligned
-    return rows if plain else None
+def in_c_order(rows: NDArray[Any]) -> NDArray[Any] | None:
+    """Return rows that lie in C order, as BLAS takes them; None for others."""
+    return rows if rows.flags.c_contiguous and rows.flags.aligned else None
 
 
 def plain_array(values: Any) -> NDArray[Any]:
@@ -193,11 +192,11 @@ class MemoryReader:
     def forget(self) -> None:
         """Do nothing: nothing is held."""
 
-    def read_into(self, out: NDArray[np.float64], start: int) -> None:
+    def read_into(self, out: NDArray[Any], start: int) -> None:
         """Fill `out` with the rows from `start` on."""
         first = start - self.offset
         out[...] = self.array[first : first + len(out)]
 
-    def view(self, start: int, stop: int) -> NDArray[np.float64] | None:
+    def view(self, start: int, stop: int) -> NDArray[Any] | None:
         """Return the rows [start, stop) of the array itself."""
-        return as_float64(self.array[start - self.offset : stop - self.offset])
+        return in_c_order(self.array[start - self.offset : stop - self.offset])

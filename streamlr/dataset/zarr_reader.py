@@ -18,7 +18,7 @@ from streamlr.dataset.codecs import ChunkCodec, ZarrCodec, check_memory, chunk_c
 from streamlr.dataset.consecutive import Consecutive
 from streamlr.dataset.integrity import local_root
 from streamlr.dataset.remote import shown
-from streamlr.dataset.rows import as_float64
+from streamlr.dataset.rows import in_c_order
 from streamlr.dataset.stored_chunks import StoredChunks
 from streamlr.errors import ChunkMissing
 
@@ -65,7 +65,7 @@ class ZarrReader:
         self._held, self._pieces = -1, []
         self._stored.forget()
 
-    def read_into(self, out: NDArray[np.float64], start: int) -> None:
+    def read_into(self, out: NDArray[Any], start: int) -> None:
         """Fill `out` (m, c) with the rows from `start` on."""
         height = self._height
         stop = start + len(out)
@@ -85,7 +85,7 @@ class ZarrReader:
                 else:
                     self._decode_into(target, row_chunk)
 
-    def view(self, start: int, stop: int) -> NDArray[np.float64] | None:
+    def view(self, start: int, stop: int) -> NDArray[Any] | None:
         """Return rows as they were decoded, where that is all that is read of them and they lie in one piece."""
         if self._in_parts and 2 * (stop - start) <= self._height and (stop - start) * self._row_bytes >= PART_BYTES:
             return None
@@ -95,7 +95,7 @@ class ZarrReader:
         if not self._whole or within + stop - start > self._height:
             return None
         self._hold(row_chunk, start)
-        return as_float64(self._pieces[0][within : within + stop - start])
+        return in_c_order(self._pieces[0][within : within + stop - start])
 
     def chunk(self, position: Position, into: NDArray[np.uint8] | None = None) -> NDArray[Any]:
         """Return the decoded chunk at `position`, as (rows, columns), after every check that needs no other chunk.

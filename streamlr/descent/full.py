@@ -85,18 +85,20 @@ class SumsOf:
         What rows are prepared with.
     b : (d, k) float64
         Coefficients of prepared rows.
-    target_names : tuple of str
-        Names of the k targets.
     """
 
     coordinates: Coordinates
     b: Array
-    target_names: tuple[str, ...]
 
     @property
     def nbytes(self) -> int:
         """Bytes of one value."""
         return self.b.nbytes + self._residuals.nbytes
+
+    @property
+    def as_stored(self) -> bool:
+        """Features come as float64."""
+        return False
 
     def empty(self) -> Sums:
         """Return the sums over no rows."""
@@ -116,7 +118,7 @@ class SumsOf:
 
     @property
     def _residuals(self) -> ResidualsOf:
-        return ResidualsOf(*self.coordinates.to_user(self.b), self.target_names)
+        return ResidualsOf(*self.coordinates.to_user(self.b))
 
     def slope(self, sums: Sums, ridge: float) -> Slope:
         """Return what the sums over all rows say."""

@@ -86,8 +86,6 @@ class Loop(ABC):
         When to record and when to stop.
     walk : Walk
         How steps are taken.
-    target_names : tuple of str
-        Names of the k targets.
     validate : callable or None
         (coef, intercept) -> Cost on held-out rows.
     record : callable
@@ -98,7 +96,6 @@ class Loop(ABC):
 
     options: Descent
     walk: Walk
-    target_names: tuple[str, ...]
     validate: Callable[[Array, Array], Cost] | None
     record: Callable[[Record], None]
     save: Callable[..., None]
@@ -106,7 +103,7 @@ class Loop(ABC):
     def start(self) -> State:
         """Return the state before the first step."""
         here = self.walk.start()
-        return State(here, Best(here.b, np.inf), 0, 0, (), Seen.nothing(len(self.target_names)), 0.0, 0.0, (), "")
+        return State(here, Best(here.b, np.inf), 0, 0, (), Seen.nothing(here.b.shape[1]), 0.0, 0.0, (), "")
 
     def run(self, state: State) -> State:
         """Go down from a state until a rule says why to stop.
@@ -144,7 +141,7 @@ class Loop(ABC):
             here=state.here._replace(gradients=np.zeros_like(state.here.gradients)),
             epoch=state.epoch + 1,
             position=(),
-            seen=Seen.nothing(len(self.target_names)),
+            seen=Seen.nothing(state.here.b.shape[1]),
         )
         return state._replace(stopped=verdict(state.history, state.first_norm, self.options, hold))
 
@@ -174,7 +171,7 @@ class Loop(ABC):
             steps=here.step,
             rows=state.rows,
             learning_rate=float(self.walk.schedule(max(here.step - 1, 0))),
-            cost=state.seen.cost(coordinates, self.target_names),
+            cost=state.seen.cost(coordinates),
             validation=validation,
             gradient_norm=float(np.linalg.norm(here.gradients) / max(state.seen.steps, 1)),
             gap=None,

@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamlr.aggregates.cost import Residuals, residual_sums
-from streamlr.aggregates.moments import MomentsOf
 from streamlr.dataset.blocks import Block
 from streamlr.descent.automatic import HOLD, SAMPLE_ROWS, Automatic, sample_rows, walk_of
 from streamlr.descent.loop import RUINED, diverged, grown, restarts
@@ -108,13 +107,9 @@ class Online:
     def _nominal_rows(self) -> int:
         return max(SAMPLE_ROWS, self.options.batch_size or 1)
 
-    @property
-    def _names(self) -> tuple[str, ...]:
-        return tuple(f"y{j}" for j in range(self.n_targets))
-
     def start(self) -> Standing:
         """Return the state before the first row."""
-        none = Residuals(np.zeros(self.n_targets), MomentsOf(self._names, self._names).empty())
+        none = Residuals.empty(self.n_targets)
         return Standing(None, None, (), 0, 0, 0, none, none, np.zeros(2), (), (), "")
 
     def over(
@@ -145,7 +140,7 @@ class Online:
             height = self._height(state, len(rows) - done)
             state = self._learned(rows[done : done + height], state, origin, steps)
             done += height
-            if state.seen.moments.n >= WINDOW_ROWS:
+            if state.seen.spread.n >= WINDOW_ROWS:
                 state = self._window_closed(state, patience, tol)
         return state
 
@@ -158,7 +153,7 @@ class Online:
     def _height(self, state: Standing, available: int) -> int:
         """Return how many of the next rows are learned from together: whole batches, to where something else is due."""
         size = self.batch_rows
-        left = WINDOW_ROWS - state.seen.moments.n
+        left = WINDOW_ROWS - state.seen.spread.n
         width = self.n_features + self.n_targets + 1
         heights = [available, -(-left // size) * size, max(STRETCH_BYTES // (8 * width * size), 1) * size]
         if due := self._due(state):
@@ -191,7 +186,7 @@ class Online:
         growth = np.inf if self.options.learning_rate == "auto" else RUINED
         if what := grown(squares[0] if finite else np.inf, squares[1], growth):
             raise diverged(walk, here.step, before.b, state.history, what)
-        seen = residual_sums(replace(block, x=residuals * coordinates.target_scale), self._names)
+        seen = residual_sums(replace(block, x=residuals * coordinates.target_scale))
         return state._replace(here=here, rows=total, seen=state.seen + seen, squares=squares)
 
     def _moved(self, state: Standing, origin: tuple[Array, Array] | None, steps: int) -> Standing:
@@ -219,7 +214,7 @@ class Online:
         assert here is not None
         number = state.rows // WINDOW_ROWS
         total = state.total + state.seen
-        if state.seen.moments.weight_sum == 0:
+        if state.seen.spread.weight_sum == 0:
             return state._replace(seen=self.start().seen, total=total)
         cost, history, average = state.seen.cost(), state.history, here.average
         watched = (*state.watched, np.atleast_1d(np.asarray(cost.mse)))
@@ -244,7 +239,7 @@ class Online:
         walk, here = state.walk, state.here
         assert walk is not None
         assert here is not None
-        steps = -(-state.seen.moments.n // self.batch_rows)
+        steps = -(-state.seen.spread.n // self.batch_rows)
         rate, norm = float(walk.schedule(max(here.step - 1, 0))), float(np.linalg.norm(here.gradients)) / steps
         return Record(1, here.step, state.rows, rate, cost, None, norm, None, walk.scale, 0.0, complete=False)
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamlr.aggregates.cost import Cost, make_cost
-from streamlr.aggregates.moments import Moments
+from streamlr.aggregates.spread import Spread
 from streamlr.descent.objective import column_squares
 from streamlr.descent.scaling import Coordinates
 
@@ -69,15 +69,13 @@ class Seen(NamedTuple):
         with np.errstate(all="ignore"):
             return float(squares.sum()), float((spread + self.centre * (2 * away + self.centre * self.weight)).sum())
 
-    def cost(self, coordinates: Coordinates, target_names: tuple[str, ...]) -> Cost:
+    def cost(self, coordinates: Coordinates) -> Cost:
         """Return the cost that was met, in the user's units."""
         sizes, squares, away, spread = self.sums
         scale, exponent = np.frexp(coordinates.target_scale)
         with np.errstate(all="ignore"):  # without weight, there is an error for it
             mean = np.ldexp(coordinates.target_mean, -exponent) + (self.centre + away / self.weight) * scale
-            scatter = np.diag(np.maximum(spread - away * (away / self.weight), 0.0) * scale**2)
-            of_targets = Moments(
-                self.rows, self.rows, self.weight, mean, np.zeros_like(mean), scatter, exponent.astype(np.int32), (), target_names
-            )
-            cost = make_cost(squares * scale**2, sizes * coordinates.target_scale, of_targets)
+            around = np.maximum(spread - away * (away / self.weight), 0.0) * scale**2
+            targets = Spread(self.rows, self.weight, mean, np.zeros_like(mean), around, exponent.astype(np.int32))
+            cost = make_cost(squares * scale**2, sizes * coordinates.target_scale, targets)
         return replace(cost, weight_sum=self.weight * coordinates.mean_weight)

@@ -94,7 +94,7 @@ def read_span(source: Source, key: str, tree: Tree, statistic: Statistic[S], spa
     """Task: reduce the rows of one span, or of those that are its turn."""
     partial = Partial(tree, statistic)
     with share_of_pass(key) as share, one_blas_thread():  # given back before the pass hears that the task is done
-        for block in source.blocks(span, share, tree.tile_rows, lazy, confirmed=False):
+        for block in source.blocks(span, share, tree.tile_rows, lazy, confirmed=False, as_stored=statistic.as_stored):
             partial.take(block)
     return partial, share.tally
 

@@ -69,17 +69,17 @@ class Source:
     def __reduce__(self) -> tuple[type[Source], tuple[Dataset]]:
         return Source, (self.dataset,)  # readers stay where they are; elsewhere, each task reads its own span
 
-    def blocks(self, span: Span, share: Share, tile: int, lazy: Sequence[Any], *, confirmed: bool = True) -> Iterator[Block]:
+    def blocks(self, span: Span, share: Share, tile: int, lazy: Sequence[Any], **how: bool) -> Iterator[Block]:
         """Read the rows of a task's span, or of its run; see `DatasetReader.blocks`. Those of Dask arrays were computed for it."""
         if lazy:
-            yield from with_blocks(self.dataset, span, lazy).reader().blocks(span, share.note, tile, confirmed=confirmed)
+            yield from with_blocks(self.dataset, span, lazy).reader().blocks(span, share.note, tile, **how)
             return
         try:
             reader = self._idle.pop()
         except IndexError:
             reader = self.dataset.reader()
         for part in [span] if self._runs is None else self._runs.take():  # neighbours share the chunk at their edge
-            yield from reader.blocks(part, share.note, tile, confirmed=confirmed)
+            yield from reader.blocks(part, share.note, tile, **how)
         reader.forget()  # what a task meets must not depend on which was done before it
         self._idle.append(reader)
 

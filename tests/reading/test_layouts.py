@@ -382,6 +382,25 @@ def test_other_dtypes_equal_their_float64_copy(dtype):
         assert results(streamlr.open_dataset(group), copy) == expected
 
 
+@pytest.mark.parametrize("dtype", ["float32", "int16"])
+def test_other_dtypes_of_many_columns(dtype):
+    """Their cost is made of them as they are stored: to the last bit it is that of the dtype, whatever the layout."""
+    p = 12
+    rng = np.random.default_rng(3)
+    x = rng.integers(-200, 200, size=(20_000, p)).astype(dtype)
+    y = x.astype(float) @ rng.normal(size=p) + rng.normal(size=20_000)
+    copy, expected = x.astype(np.float64), results(streamlr.Dataset(x, y), x)
+    of_copy = streamlr.evaluate(streamlr.fit(streamlr.Dataset(copy, y)), streamlr.Dataset(copy, y))
+    cost = streamlr.evaluate(streamlr.fit(streamlr.Dataset(x, y)), streamlr.Dataset(x, y))
+    assert (cost.mse, cost.mae) == (pytest.approx(of_copy.mse, rel=1e-13), pytest.approx(of_copy.mae, rel=1e-13))
+    assert results(streamlr.Dataset(np.asfortranarray(x), y), x) == expected
+    assert results(streamlr.Dataset(da.from_array(x, chunks=(777, 4)), y), x) == expected
+    for chunks in ((900, p), (20_000, 5), (8_192, p), (30_000, p)):
+        for options in ({}, {"compressors": None}):
+            group = group_of(x, y, x_options={"chunks": chunks, **options})
+            assert results(streamlr.open_dataset(group), x) == expected
+
+
 NUMPY_LAYOUTS = {
     "F": np.asfortranarray,
     "rows of a larger array": lambda x: np.repeat(x, 2, axis=0)[::2],

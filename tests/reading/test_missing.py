@@ -151,10 +151,10 @@ COORDINATES = Coordinates(np.zeros(P), np.ones(P), np.zeros(1), np.ones(1), True
 STATISTICS = {
     "moments": lambda weighted: MomentsOf(default_names("x", P), ("y",)),
     "moments of single precision": lambda weighted: MomentsOf(default_names("x", P), ("y",), "single"),
-    "residuals": lambda weighted: ResidualsOf(np.ones((P, 1)), np.zeros(1), ("y",)),
-    "residuals of zeros": lambda weighted: ResidualsOf(np.zeros((P, 1)), np.zeros(1), ("y",)),
-    "gradient": lambda weighted: SumsOf(COORDINATES, np.ones((P + 1, 1)), ("y",)),
-    "gradient at zero": lambda weighted: SumsOf(COORDINATES, np.zeros((P + 1, 1)), ("y",)),
+    "residuals": lambda weighted: ResidualsOf(np.ones((P, 1)), np.zeros(1)),
+    "residuals of zeros": lambda weighted: ResidualsOf(np.zeros((P, 1)), np.zeros(1)),
+    "gradient": lambda weighted: SumsOf(COORDINATES, np.ones((P + 1, 1))),
+    "gradient at zero": lambda weighted: SumsOf(COORDINATES, np.zeros((P + 1, 1))),
 }
 
 

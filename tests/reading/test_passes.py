@@ -204,7 +204,7 @@ class TestTasks:
     def test_a_million_chunks_are_few_tasks(self):
         arrays = [zarr.create_array(MemoryStore(), shape=(10**8, *w), chunks=(100, *w), dtype="f8") for w in ((10,), ())]
         dataset = streamlr.Dataset(*arrays)
-        for statistic in (MomentsOf(dataset.feature_names, ("y",)), ResidualsOf(np.zeros((10, 1)), np.zeros(1), ("y",))):
+        for statistic in (MomentsOf(dataset.feature_names, ("y",)), ResidualsOf(np.zeros((10, 1)), np.zeros(1))):
             began = time.perf_counter()
             plan, cut = plan_pass(dataset, statistic, task="t", memory=None)
             assert time.perf_counter() - began < 0.5
@@ -583,7 +583,7 @@ planned = streamlr.plan(dataset)
 if sys.argv[3] == "evaluate":
     x = np.random.default_rng(0).normal(size=(2 * dataset.n_features, dataset.n_features))
     model = streamlr.fit(streamlr.Dataset(x, x[:, 0], feature_names=dataset.feature_names))
-    statistic = ResidualsOf(model.coef_matrix, model.intercept_vector, model.target_names)
+    statistic = ResidualsOf(model.coef_matrix, model.intercept_vector)
     planned = plan_pass(dataset, statistic, task="cost", memory=None)[0]
     streamlr.evaluate(model, dataset)
 else:
