@@ -174,7 +174,7 @@ def scheduled(spans: int) -> dict[str, Any]:
         statistic = MomentsOf(dataset.feature_names, dataset.target_names)
         cut = [blocks.Span(64 * i, 64 * i + 64) for i in range(spans)]
         tree = Tree(dataset.stored_rows, plan.tile_rows)
-        parts = span_tasks(dataset, cut, "moments", "key", read_span, tree, statistic)
+        parts = span_tasks(dataset, cut, "moments", "key", read_span, tree, statistic, False)
         graph = {key: task for part in parts for key, task in part.dask.items()}
     assert moments.n == dataset.n_rows
     return {

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from strategies import Array, block_of, fractions_of, matrices, moments_of, row_weights, same_bits
 
 import streamlr
+from streamlr.aggregates import cost as costs
 from streamlr.aggregates.cost import BUFFER, LONG_ROW, PIECE_ROWS, ResidualsOf, cost_of_moments, predictions
 from streamlr.dataset.blocks import Block
 from streamlr.dataset.buffers import Buffer
@@ -170,6 +171,32 @@ def test_targets_near_which_they_are_centred_may_say_nothing_about_the_others(fa
     around = share @ (y - share @ y / share.sum()) ** 2
     assert found.r2 == pytest.approx(1 - share @ (y - 0.5) ** 2 / around, rel=1e-12)
     assert found.mae == pytest.approx(share @ np.abs(y - 0.5) / share.sum() * scale, rel=1e-12)
+
+
+@pytest.mark.parametrize(("y", "times"), [(7.0, 1), (0.0, 1), (1e200, 2)])
+def test_rows_of_a_constant_target_are_gone_through_once(monkeypatch, y: float, times: int):
+    made, sums_in = [], costs._sums_in
+    monkeypatch.setattr(costs, "_sums_in", lambda *given: made.append(1) or sums_in(*given))
+    value = ResidualsOf(np.ones((1, 1)), np.zeros(1)).of(Block(0, 9, np.arange(9.0)[:, None], np.full((9, 1), y)))
+    assert len(made) == times
+    assert value.cost().mse == pytest.approx(np.mean((y - np.arange(9.0)) ** 2) if y < 1e154 else math.inf)
+
+
+def test_sums_share_no_memory_with_what_they_are_of():
+    statistic = ResidualsOf(np.ones((1, 1)), np.zeros(1))
+    value = statistic.of(Block(0, 9, np.arange(9.0)[:, None], np.ones((9, 1))))
+    arrays = [value.magnitudes, *(getattr(value.spread, name) for name in ("mean", "mean_rest", "squares", "exponent"))]
+    for total in (value + statistic.empty(), statistic.empty() + value):
+        others = [total.magnitudes, *(getattr(total.spread, name) for name in ("mean", "mean_rest", "squares", "exponent"))]
+        assert not any(np.shares_memory(a, b) for a in arrays for b in others)
+
+
+@pytest.mark.parametrize("m", [PIECE_ROWS, 8 * PIECE_ROWS])
+def test_long_sums_of_squares_keep_their_digits(m: int):
+    y = np.where(np.arange(m) % 2, 0.1, -0.1)[:, None]
+    found = ResidualsOf(np.zeros((1, 1)), np.zeros(1)).of(Block(0, m, np.zeros((m, 1)), y)).cost()
+    assert found.mse == pytest.approx(0.1**2, rel=2e-15)
+    assert found.r2 == pytest.approx(0, abs=1e-14)
 
 
 @given(st.data())

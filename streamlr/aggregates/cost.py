@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -153,6 +153,8 @@ class ResidualsOf:
         if not self.coef.all():  # there may be a BLAS that skips what is multiplied by zero
             block.confirm()
 
+        of_target = np.ascontiguousarray(self.coef[:, 0])
+
         def residuals(here: slice, targets: Array, out: Array) -> None:
             np.subtract(targets, self.intercept[:, None], out=out)
             # a product may round rows by their neighbours, but those of a tile always have the same: `predictions` is slower
@@ -160,7 +162,7 @@ class ResidualsOf:
             if x.dtype == np.float64:
                 out -= self.coef.T.dot(x.T)
             else:
-                out -= np.einsum("ij,j->i", x, self.coef[:, 0])
+                out -= np.einsum("ij,j->i", x, of_target)
 
         return _sums(block, residuals)
 
@@ -184,13 +186,17 @@ def _sums(rows: Block, residuals: MadeOf) -> Residuals:
     exponent = np.zeros(2 * k, dtype=np.int32)
     small, large = SQUARES["double"]
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):  # what is not finite is found in the sums
-        magnitudes, spread = _sums_in(exponent, rows, residuals, total)
+        magnitudes, spread = _sums_in(exponent.copy(), rows, residuals, total)
         unusual = ~((spread.squares > small) & (spread.squares < large) & (spread.mean**2 < large))
         if unusual.any():
-            as_they_are = _pieces(rows, residuals, np.zeros(k), np.zeros(2 * k, dtype=np.int32))
-            largest = np.max([np.abs(columns).max(axis=1) for columns, _ in as_they_are], axis=0)
+            largest = np.concatenate([np.zeros(k), np.abs(rows.y).max(axis=0)])
+            if unusual[:k].any():
+                as_they_are = _pieces(rows, residuals, np.zeros(k), np.zeros_like(exponent))
+                largest[:k] = np.max([np.abs(columns[:k]).max(axis=1) for columns, _ in as_they_are], axis=0)
             exponent[unusual] = exponents_of(largest[unusual])
-            magnitudes, spread = _sums_in(exponent, rows, residuals, total)
+            if units_of(exponent).any():
+                magnitudes, spread = _sums_in(exponent, rows, residuals, total)
+            spread = replace(spread, exponent=exponent)
     if not np.isfinite(spread.squares).all():
         raise overflowing(rows)
     return Residuals(magnitudes, spread)
@@ -209,7 +215,7 @@ def _sums_in(exponent: Exponents, rows: Block, residuals: MadeOf, total: float) 
         sums, squares = np.zeros(2 * k), np.zeros(2 * k)
         for columns, weights in _pieces(rows, residuals, centre, unit):
             weighted = columns if weights is None else columns * weights
-            squares += np.einsum("ij,ij->i", weighted, columns)
+            squares += [z.dot(w) for z, w in zip(columns, weighted, strict=True)]  # `einsum` adds up long columns to fewer digits
             np.abs(weighted[:k], out=weighted[:k])
             sums += weighted.sum(axis=1)
         offset = sums[k:] / total

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -55,8 +55,8 @@ class Spread:
     @classmethod
     def empty(cls, n_columns: int, n: int = 0) -> Spread:
         """Return the spread of no rows, or of `n` without weight."""
-        zeros = np.zeros(n_columns)
-        return cls(n, 0.0, zeros, zeros, zeros, np.full(n_columns, NO_SCALE, dtype=np.int32))
+        mean, rest, squares = np.zeros((3, n_columns))
+        return cls(n, 0.0, mean, rest, squares, np.full(n_columns, NO_SCALE, dtype=np.int32))
 
     @property
     def units(self) -> Exponents:
@@ -74,9 +74,14 @@ class Spread:
         here = slice(first, last)
         return Spread(self.n, self.weight_sum, self.mean[here], self.mean_rest[here], self.squares[here], self.exponent[here])
 
+    def copy(self) -> Spread:
+        """Return a spread that shares no memory with this one."""
+        arrays = {name: getattr(self, name).copy() for name in ("mean", "mean_rest", "squares", "exponent")}
+        return replace(self, **arrays)
+
     def __add__(self, other: Spread) -> Spread:
         if self.n == 0 or other.n == 0:
-            return other if self.n == 0 else self
+            return (other if self.n == 0 else self).copy()
         both = meeting(self, other)
         with np.errstate(over="ignore"):
             mine, others = (np.ldexp(side.squares, 2 * shift) for side, shift in zip((self, other), both.shifts, strict=True))

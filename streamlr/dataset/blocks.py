@@ -23,7 +23,7 @@ MAX_SPANS = 7_500  # with the merges, four at a time: 10,000 tasks
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Consecutive rows in memory, checked and promoted to float64; rows that were left out still count in `start` and `stop`.
+    """Consecutive rows in memory, checked; rows that were left out still count in `start` and `stop`.
 
     Attributes
     ----------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import mmap
 from contextlib import suppress
-from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,11 +35,6 @@ class Buffer:
 
     def __init__(self, lent: NDArray[np.uint8] | None = None) -> None:
         self._bytes = np.empty(0, dtype=np.uint8) if lent is None else lent
-
-    @cached_property
-    def another(self) -> Buffer:
-        """A buffer that lives as long as this one, for what is needed while this one is in use."""
-        return Buffer()
 
     def take(self, nbytes: int) -> NDArray[np.uint8]:
         """Return `nbytes` of memory with anything in it; what was taken before is overwritten."""

@@ -149,7 +149,7 @@ class DatasetReader:
         return block
 
     def _checked(
-        self, piece: Span, x: NDArray[np.float64], y: NDArray[np.float64], weights: NDArray[np.float64] | None, confirmed: bool
+        self, piece: Span, x: NDArray[Any], y: NDArray[np.float64], weights: NDArray[np.float64] | None, confirmed: bool
     ) -> tuple[Block, int, dict[str, int]]:
         positions: NDArray[np.int64] | None = None
         if self.dataset.subsets:
@@ -252,13 +252,13 @@ class _Beside:
         view = self._readers[0].view(piece.start, piece.stop)
         return view if view is not None and view.dtype == dtype else None
 
-    def rounded(self, rows: NDArray[np.float64]) -> list[int]:
+    def rounded(self, rows: NDArray[Any]) -> list[int]:
         """Return the positions of columns of 64-bit integers in which these rows have one that float64 cannot hold."""
         beyond = [np.flatnonzero((np.abs(rows[:, place]) >= EXACT_INTEGERS).any(axis=0)) + place.start for place in self._inexact]
         return [int(j) for found in beyond for j in found]
 
 
-def surely_finite(numbers: NDArray[np.float64]) -> bool:
+def surely_finite(numbers: NDArray[Any]) -> bool:
     """Whether the sum of squares is finite, which is found faster than anything else about numbers; then they are, too.
 
     `@` would keep other threads out of the interpreter all the while.

@@ -70,7 +70,8 @@ def reduce(
     tree = Tree(dataset.stored_rows, plan.tile_rows)
     with running_pass(task, dataset.stored_rows, dataset.row_bytes, progress) as key:
         runs = _runs(dataset, plan, cut) if plan.spans_per_task > 1 else None
-        parts = span_tasks(dataset, cut, task, key, read_span, tree, statistic, runs=runs)
+        as_stored = statistic.as_stored and not dataset.lazy  # blocks of a Dask array may be of another dtype than it says
+        parts = span_tasks(dataset, cut, task, key, read_span, tree, statistic, as_stored, runs=runs)
         number = 0
         while len(parts) > 1:
             groups = [parts[at : at + plan.fan_in] for at in range(0, len(parts), plan.fan_in)]
@@ -90,11 +91,13 @@ def _runs(dataset: Dataset, plan: Plan, cut: Sequence[Span]) -> Runs:
     return Runs.of_spans(cut, plan.spans_per_task, plan.tile_rows)
 
 
-def read_span(source: Source, key: str, tree: Tree, statistic: Statistic[S], span: Span, *lazy: Any) -> tuple[Partial[S], Tally]:
+def read_span(
+    source: Source, key: str, tree: Tree, statistic: Statistic[S], as_stored: bool, span: Span, *lazy: Any
+) -> tuple[Partial[S], Tally]:
     """Task: reduce the rows of one span, or of those that are its turn."""
     partial = Partial(tree, statistic)
     with share_of_pass(key) as share, one_blas_thread():  # given back before the pass hears that the task is done
-        for block in source.blocks(span, share, tree.tile_rows, lazy, confirmed=False, as_stored=statistic.as_stored):
+        for block in source.blocks(span, share, tree.tile_rows, lazy, confirmed=False, as_stored=as_stored):
             partial.take(block)
     return partial, share.tally
 

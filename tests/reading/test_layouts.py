@@ -394,11 +394,14 @@ def test_other_dtypes_of_many_columns(dtype):
     cost = streamlr.evaluate(streamlr.fit(streamlr.Dataset(x, y)), streamlr.Dataset(x, y))
     assert (cost.mse, cost.mae) == (pytest.approx(of_copy.mse, rel=1e-13), pytest.approx(of_copy.mae, rel=1e-13))
     assert results(streamlr.Dataset(np.asfortranarray(x), y), x) == expected
-    assert results(streamlr.Dataset(da.from_array(x, chunks=(777, 4)), y), x) == expected
     for chunks in ((900, p), (20_000, 5), (8_192, p), (30_000, p)):
         for options in ({}, {"compressors": None}):
             group = group_of(x, y, x_options={"chunks": chunks, **options})
             assert results(streamlr.open_dataset(group), x) == expected
+    of_dask = results(streamlr.Dataset(copy, y), copy)  # whose blocks need not be of the dtype that they should be
+    lying = da.from_array(x, chunks=(777, 4)).map_blocks(lambda block: block.astype(np.float64), dtype=dtype)
+    for array in (da.from_array(x, chunks=(777, 4)), da.from_array(x, chunks=(20_000, p)), lying):
+        assert results(streamlr.Dataset(array, y), copy) == of_dask
 
 
 NUMPY_LAYOUTS = {

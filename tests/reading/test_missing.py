@@ -173,6 +173,27 @@ def test_sums_betray_every_value_that_is_not_finite(name, value, chunks, weight,
         reduce(opened(*arrays, missing="error", chunks=chunks), STATISTICS[name](weight is not None), task="sums")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("name", ["residuals", "residuals of zeros"])
+@pytest.mark.parametrize("value", [NAN, -np.inf])
+@pytest.mark.parametrize("weight", [None, 0.0])
+def test_sums_of_shorter_numbers_betray_them_too(name, value, weight, dtype):
+    x, y = (np.nan_to_num(array, nan=1.0) for array in make_rows()[:2])
+    x[8_500, 17] = value
+    arrays = (x.astype(dtype), y) if weight is None else (x.astype(dtype), y, np.where(np.arange(N) < 8_192, 1.0, weight))
+    with pytest.raises(NonFiniteValue, match="row 8,500, column 'x17'"):
+        reduce(opened(*arrays, missing="error", chunks=997), STATISTICS[name](weight is not None), task="sums")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_dropping_rows_of_shorter_numbers_has_the_same_bits_for_any_layout(dtype):
+    x, y, weights = make_rows()
+    arrays = x.astype(dtype), y, weights
+    expected = numbers(opened(*arrays))
+    for layout in ({"chunks": 997, "columns": 7}, {"chunks": 64, "y_chunks": 4_000}):
+        assert numbers(opened(*arrays, **layout)) == expected
+
+
 def test_values_at_the_edge_of_float64_are_not_taken_for_infinities():
     x = np.array([[1e308], [1e308], [-1e308], [1.5e308]])
     dataset = streamlr.Dataset(x, np.arange(4.0))
