@@ -17,7 +17,8 @@ from streamlr.errors import NoRows
 
 Array = NDArray[np.float64]
 Number = float | Array
-MadeOf = Callable[[slice, Array, Array], None]  # makes residuals of some rows of their targets, all in columns, into memory
+# writes residuals of some rows, whose targets are given, beside memory to work in; all in columns (k, h)
+Making = Callable[[slice, Array, Array, Array], None]
 PIECE_ROWS = 8192  # at most, whose residuals are made at once
 PIECE_BYTES = 2**19  # of them: with the targets, and what is made on the way, a core's cache holds them
 LONG_ROW = 10  # features from which on `einsum` promotes rows faster than they are copied into float64
@@ -155,14 +156,14 @@ class ResidualsOf:
 
         of_target = np.ascontiguousarray(self.coef[:, 0])
 
-        def residuals(here: slice, targets: Array, out: Array) -> None:
-            np.subtract(targets, self.intercept[:, None], out=out)
+        def residuals(here: slice, targets: Array, out: Array, room: Array) -> None:
             # a product may round rows by their neighbours, but those of a tile always have the same: `predictions` is slower
             x = block.x[here]
             if x.dtype == np.float64:
-                out -= self.coef.T.dot(x.T)
+                self.coef.T.dot(x.T, out=out)
             else:
-                out -= np.einsum("ij,j->i", x, of_target)
+                np.einsum("ij,j->i", x, of_target, out=out[0])
+            np.subtract(np.subtract(targets, self.intercept[:, None], out=room), out, out=out)
 
         return _sums(block, residuals)
 
@@ -170,13 +171,13 @@ class ResidualsOf:
 def residual_sums(rows: Block) -> Residuals:
     """Return the sums over rows that have residuals (m, k) in the place of features."""
 
-    def residuals(here: slice, _: Array, out: Array) -> None:
+    def residuals(here: slice, _targets: Array, out: Array, _room: Array) -> None:
         out[:] = rows.x[here].T
 
     return _sums(rows, residuals)
 
 
-def _sums(rows: Block, residuals: MadeOf) -> Residuals:
+def _sums(rows: Block, residuals: Making) -> Residuals:
     """Return the sums over rows whose residuals are made piece by piece."""
     m, k = rows.y.shape
     total = float(m) if rows.weights is None else float(rows.weights.sum())
@@ -202,7 +203,7 @@ def _sums(rows: Block, residuals: MadeOf) -> Residuals:
     return Residuals(magnitudes, spread)
 
 
-def _sums_in(exponent: Exponents, rows: Block, residuals: MadeOf, total: float) -> tuple[Array, Spread]:
+def _sums_in(exponent: Exponents, rows: Block, residuals: Making, total: float) -> tuple[Array, Spread]:
     """Return magnitudes of residuals, and the spread of [r y] in given units.
 
     Targets are centred near their mean, and the squares corrected, as it is done in `centred_product`.
@@ -229,7 +230,7 @@ def _sums_in(exponent: Exponents, rows: Block, residuals: MadeOf, total: float) 
     return np.ldexp(sums[:k], unit[:k]), spread
 
 
-def _pieces(rows: Block, residuals: MadeOf, centre: Array, unit: Exponents) -> Iterator[tuple[Array, Array | None]]:
+def _pieces(rows: Block, residuals: Making, centre: Array, unit: Exponents) -> Iterator[tuple[Array, Array | None]]:
     """Yield columns [r, y - centre], (2 k, h), of rows in units, and their weights, while a core's cache holds them.
 
     The centre (k,) is in units already.
@@ -241,7 +242,7 @@ def _pieces(rows: Block, residuals: MadeOf, centre: Array, unit: Exponents) -> I
         here = slice(first, min(first + height, m))
         columns = room[: 2 * k * (here.stop - first)].reshape(2 * k, -1)
         targets = np.ascontiguousarray(rows.y[here].T)
-        residuals(here, targets, columns[:k])
+        residuals(here, targets, columns[:k], columns[k:])
         if scaled:
             columns[:k], targets = np.ldexp(columns[:k], -unit[:k, None]), np.ldexp(targets, -unit[k:, None])
         np.subtract(targets, centre[:, None], out=columns[k:])
