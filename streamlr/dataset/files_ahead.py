@@ -57,18 +57,27 @@ class Files:
         if self._ahead:
             self._open_next("")
 
+    def open(self, key: str) -> int:
+        """Open a large file, to be read and closed by who asks, and have the kernel fetch the next one."""
+        file = self._opened(key)
+        if self._next is None:
+            self._open_next(key)
+        return file
+
     def read(self, key: str, request: Request, buffer: Buffer) -> memoryview:
         """Read a file, or a part of it, into the memory of `buffer`."""
-        if self._next is not None and self._next[0] == key:
-            file, self._next = self._next[1], None
-        else:
-            file = os.open(self._folder + key, READING)
-        found, waited = _read(file, request, buffer)
+        found, waited = _read(self._opened(key), request, buffer)
         size = request.size if isinstance(request, Part) else len(found)
         self._ahead = AHEAD if waited else max(self._ahead - 1, int(size >= LARGE))
         if self._ahead and self._next is None:
             self._open_next(key)
         return found
+
+    def _opened(self, key: str) -> int:
+        if self._next is not None and self._next[0] == key:
+            file, self._next = self._next[1], None
+            return file
+        return os.open(self._folder + key, READING)
 
     def _open_next(self, key: str) -> None:
         """Open the file that comes after this one and have the kernel fetch it."""

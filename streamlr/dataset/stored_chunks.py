@@ -99,6 +99,11 @@ class StoredChunks:
         """Whether a chunk is a file and nothing else, of which a part can be had: see `fill`."""
         return isinstance(self._direct, Files) and self._per_shard is None and self._checksums is None
 
+    def open(self, position: Position) -> int:
+        """Open the file of a chunk, to be read and closed by who asks."""
+        assert isinstance(self._direct, Files), "others are no files"
+        return self._direct.open(self._key(position))
+
     def fill(self, position: Position, start: int, into: NDArray[np.uint8]) -> bool:
         """Fill `into` with the bytes of a chunk from `start` on, and return whether it is there and of the size of its numbers.
 

@@ -7,6 +7,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from streamlr.dataset.integrity import local_root
 from streamlr.dataset.remote import shown
 from streamlr.dataset.rows import in_c_order
 from streamlr.dataset.stored_chunks import StoredChunks
+from streamlr.dataset.zstd_stream import ZstdStream
 from streamlr.errors import ChunkMissing
 
 if TYPE_CHECKING:
@@ -46,9 +48,12 @@ class ZarrReader:
         self._whole = rows.column_chunks == (0,) and rows.column_positions == tuple(range(self._row_bytes // rows.dtype.itemsize))
         # plain chunks, which are all of some rows as they are computed with, are decoded where they are wanted
         self._plain = self._whole and isinstance(self._codec, ChunkCodec) and self._codec.is_plain
-        # of large files that are nothing but numbers only such rows are read as are wanted: they stay in a core's cache
-        large = self._height * self._row_bytes >= 2 * PART_BYTES
-        self._in_parts = large and self._plain and self._bare and self._stored.are_files
+        # of large files of numbers only such rows are read or decoded as are wanted: they stay in a core's cache
+        large = self._plain and self._height * self._row_bytes >= 2 * PART_BYTES and self._stored.are_files
+        self._stream: ZstdStream | None = None
+        if large and isinstance(self._codec, ChunkCodec) and self._codec.is_zstd:
+            self._stream = ZstdStream(partial(_open, self._stored, self._positions[0]), self._height * self._row_bytes)
+        self._in_parts = (large and self._bare) or self._stream is not None
         self._read: defaultdict[int, Buffer] = defaultdict(Buffer)
         self._decoded: defaultdict[int, Buffer] = defaultdict(Buffer)
         self._held = -1  # the last row of chunks
@@ -58,12 +63,15 @@ class ZarrReader:
 
     def expect(self, spans: Sequence[Span]) -> None:
         """Ask the store for the chunks of these spans, which are read next and in this order, and for no others any more."""
-        self._stored.expect(_coming(self.rows, self._held, spans))
+        held = self._held if self._stream is None or self._stream.row_chunk < 0 else self._stream.row_chunk
+        self._stored.expect(_coming(self.rows, held, spans))
 
     def forget(self) -> None:
         """Let go of the chunks that are held, and of what is known of shards."""
         self._held, self._pieces = -1, []
         self._stored.forget()
+        if self._stream is not None:
+            self._stream.close()
 
     def read_into(self, out: NDArray[Any], start: int) -> None:
         """Fill `out` (m, c) with the rows from `start` on."""
@@ -80,14 +88,15 @@ class ZarrReader:
                 target[:] = self._joined(first, last, height)
             else:
                 self._held = -1  # nor is this one: what is expected goes by the last chunk that was read
-                if self._in_parts:
+                if self._in_parts and (last - first < height or self._stream is None):
                     self._part_into(target, row_chunk, first)
                 else:
                     self._decode_into(target, row_chunk)
 
     def view(self, start: int, stop: int) -> NDArray[Any] | None:
         """Return rows as they were decoded, where that is all that is read of them and they lie in one piece."""
-        if self._in_parts and 2 * (stop - start) <= self._height and (stop - start) * self._row_bytes >= PART_BYTES:
+        worth = self._stream is not None or (stop - start) * self._row_bytes >= PART_BYTES
+        if self._in_parts and worth and 2 * (stop - start) <= self._height:
             return None
         if self._plain:
             return self._joined(start, stop, min(stop - start + self._height, self._most))
@@ -176,7 +185,10 @@ class ZarrReader:
     def _part_into(self, target: NDArray[np.float64], row_chunk: int, first: int) -> None:
         """Fill `target` with rows of a chunk that is read in parts, from `first` on."""
         position, within = (row_chunk, *self._positions[0]), first - row_chunk * self._height
-        if not self._stored.fill(position, within * self._row_bytes, target.reshape(-1).view(np.uint8)):
+        if self._stream is not None:
+            if not self._stream.fill(row_chunk, within * self._row_bytes, target.reshape(-1).view(np.uint8)):
+                target[...] = self._joined(first, first + len(target), self._height)
+        elif not self._stored.fill(position, within * self._row_bytes, target.reshape(-1).view(np.uint8)):
             with self._counting(row_chunk, first):
                 target[...] = self.chunk(position)[within : within + len(target)]
 
@@ -194,6 +206,11 @@ class ZarrReader:
             return f"the store {root} is gone while array {self.rows.label!r} was being read; is it still mounted?"
         where = shown(self.rows.array.store_path)
         return f"{self._stored.describe(position)} is missing from {where}; restore it, {self.rows.remedy}"
+
+
+def _open(stored: StoredChunks, column: Position, row_chunk: int) -> int:
+    """Open the file of a chunk; no method, which would keep its reader in a circle."""
+    return stored.open((row_chunk, *column))
 
 
 def _coming(rows: ZarrRows, held: int, spans: Sequence[Span]) -> Iterator[Position]:

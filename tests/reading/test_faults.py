@@ -14,7 +14,7 @@ import warnings
 import zlib
 from collections import Counter
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import dask
 import dask.array as da
@@ -27,10 +27,12 @@ from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec, ZstdCodec
 from zarr.storage import MemoryStore, WrapperStore
 
 import streamlr
-from streamlr.dataset import files_ahead, stored_chunks
+from streamlr.dataset import files_ahead, stored_chunks, zstd_stream
 from streamlr.dataset.buffers import Buffer
-from streamlr.dataset.codecs import check_memory
+from streamlr.dataset.codecs import ChunkCodec, check_memory
+from streamlr.dataset.files_ahead import Files
 from streamlr.dataset.integrity import seal
+from streamlr.dataset.zstd_stream import ZstdStream
 from streamlr.errors import (
     ChunkCorrupt,
     ChunkMissing,
@@ -287,6 +289,7 @@ class TestLargeFiles:
     """Of large files that are nothing but numbers, a pass reads the rows of a tile at a time: two from each of these."""
 
     n, height, tile = 1_300_000, 2**19, 2**18
+    compressors: Any = None
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -297,7 +300,7 @@ class TestLargeFiles:
     @pytest.fixture
     def store(self, large, tmp_path):
         group = zarr.open_group(tmp_path / "s.zarr", mode="w")
-        group.create_array("X", data=large[0], chunks=(self.height, 2), compressors=None, fill_value=7.0)
+        group.create_array("X", data=large[0], chunks=(self.height, 2), compressors=self.compressors, fill_value=7.0)
         group.create_array("y", data=large[1], chunks=(10_000,))
         return tmp_path / "s.zarr"
 
@@ -366,6 +369,81 @@ class TestLargeFiles:
         monkeypatch.setattr(files_ahead, "_read", fail)
         assert streamlr.fit(streamlr.open_dataset(store)).coef.tobytes() == streamlr.fit(streamlr.Dataset(*large)).coef.tobytes()
         assert not list(failing)
+
+
+class TestLargeFilesOfZstd(TestLargeFiles):
+    """They are decoded while they are read, a tile at a time; what is wrong is named as by who reads whole chunks."""
+
+    compressors = (ZstdCodec(level=1, checksum=True),)
+
+    def test_the_rows_of_a_tile_are_read_and_no_others(self, store, large, monkeypatch):
+        decoded, filled, fill = [], [], ZstdStream.fill
+        monkeypatch.setattr(ChunkCodec, "decode", lambda *about: decoded.append(about))  # of y, which takes no part
+        monkeypatch.setattr(ZstdStream, "fill", lambda *about: filled.append(about[-1].nbytes) or fill(*about))
+        x = zarr.open_group(store, mode="r")["X"]
+        with dask.config.set(scheduler="sync"):
+            model = streamlr.fit(streamlr.Dataset(x, large[1]))
+        assert model.coef.tobytes() == streamlr.fit(streamlr.Dataset(*large)).coef.tobytes()
+        assert not decoded
+        assert max(filled) == 16 * self.tile
+        assert sum(filled) == 16 * self.n
+
+    def test_few_bytes_are_not_worth_opening_a_file(self, tmp_path, monkeypatch):
+        """But they are decoded where decoding has come to, from a file that stays open."""
+        n = 300_000
+        x, opened, open_file = np.random.default_rng(0).normal(size=(n, 20)), [], Files.open
+        y = zarr.create_array(str(tmp_path / "y.zarr"), data=x @ np.ones(20), chunks=(n,), compressors=self.compressors)
+        monkeypatch.setattr(Files, "open", lambda *about: opened.append(about) or open_file(*about))
+        dataset = streamlr.Dataset(x, y)  # ten tiles
+        streamlr.fit(dataset)
+        assert len(opened) == streamlr.plan(dataset).n_spans < 5
+
+    @pytest.mark.parametrize("cut", [None, 1, 2**20, -1, -4, -5], ids=str)
+    def test_chunk_of_another_size(self, store, cut):
+        file = store / "X/c/1/0"
+        file.write_bytes(file.read_bytes() + bytes(8) if cut is None else file.read_bytes()[:cut])
+        with fails(ChunkCorrupt, "array 'X'", "rows 524,288 to"):
+            streamlr.fit(streamlr.open_dataset(store))
+
+    @pytest.mark.parametrize("place", [5, 2**21, -9, -2])
+    def test_damaged_bytes(self, store, place):
+        file = store / "X/c/1/0"
+        damaged = bytearray(file.read_bytes())
+        damaged[place] ^= 64
+        file.write_bytes(damaged)
+        with fails(ChunkCorrupt, "array 'X'", "rows 524,288 to"):
+            streamlr.fit(streamlr.open_dataset(store))
+
+    @pytest.mark.parametrize("times", [1, 2])
+    def test_a_reading_that_fails_for_a_moment_is_repeated(self, store, large, monkeypatch, times):
+        read, failing = zstd_stream._File.read, iter([False] * 20 + [True] * times)
+
+        def fail(file, size=-1):
+            if next(failing, False):
+                raise OSError(errno.EIO, "as planned")
+            return read(file, size)
+
+        monkeypatch.setattr(zstd_stream._File, "read", fail)
+        assert streamlr.fit(streamlr.open_dataset(store)).coef.tobytes() == streamlr.fit(streamlr.Dataset(*large)).coef.tobytes()
+        assert not list(failing)
+
+    @pytest.mark.parametrize("frames", ["of a size that is not stated", "several"])
+    def test_other_frames_are_decoded_once_each(self, store, large, monkeypatch, frames):
+        for number in range(3):
+            file = store / f"X/c/{number}/0"
+            data = zstandard.ZstdDecompressor().decompress(file.read_bytes())
+            if frames == "several":
+                parts = [zstandard.ZstdCompressor().compress(part) for part in (data[:1000], data[1000:])]
+            else:
+                parts = [zstandard.ZstdCompressor(write_content_size=False).compress(data)]
+            file.write_bytes(b"".join(parts))
+        decoded, decode = [], ChunkCodec.decode
+        monkeypatch.setattr(ChunkCodec, "decode", lambda *about: decoded.append(about) or decode(*about))
+        x = zarr.open_group(store, mode="r")["X"]
+        with dask.config.set(scheduler="sync"):
+            model = streamlr.fit(streamlr.Dataset(x, large[1]))
+        assert model.coef.tobytes() == streamlr.fit(streamlr.Dataset(*large)).coef.tobytes()
+        assert len(decoded) == 3
 
 
 class TestGzip(StoreContract):

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 import zarr
 import zstandard
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from zarr.codecs import ZstdCodec
 from zarr.storage import MemoryStore
 
+from streamlr.dataset import zstd_stream
 from streamlr.dataset.codecs import chunk_codec
+from streamlr.dataset.zstd_stream import ZstdStream
 from streamlr.errors import ChunkCorrupt
 
 SHAPE = (10_000, 5)  # 400,000 bytes: four blocks
@@ -127,3 +135,99 @@ def test_what_is_no_frame_is_refused(noise):
     for stored in (noise, FRAMES[0][1][:4] + noise):
         with pytest.raises(ChunkCorrupt):
             decode(stored)
+
+
+@contextmanager
+def streaming(*files: bytes) -> Iterator[ZstdStream]:
+    """Yield a stream of these files, and see afterwards that none is open any more."""
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(zstd_stream, "READ_BYTES", 5_000)
+        patch.setattr(zstd_stream, "SKIPPED_BYTES", 70_000)
+        paths, opened = [Path(folder, str(number)) for number in range(len(files))], []
+        for path, data in zip(paths, files, strict=True):
+            path.write_bytes(data)
+
+        def open_file(number: int) -> int:
+            opened.append(os.open(paths[number], os.O_RDONLY))
+            return opened[-1]
+
+        stream = ZstdStream(open_file, BYTES)
+        yield stream
+        stream.close()
+        for file in opened:
+            with pytest.raises(OSError, match="Bad file descriptor"):
+                os.fstat(file)
+
+
+def pieces(stream: ZstdStream, chunk: int, cuts: list[int]) -> bytes | None:
+    """Return a chunk's bytes from the first of these places to the last, decoded piece by piece; None where all is not well."""
+    found = []
+    for start, stop in pairwise(cuts):
+        into = np.empty(stop - start, dtype=np.uint8)
+        if not stream.fill(chunk, start, into):
+            return None
+        found.append(into.tobytes())
+    return b"".join(found)
+
+
+CUTS = st.lists(st.integers(0, BYTES), min_size=2, max_size=8, unique=True).map(sorted)
+SIZED = [number for number in range(len(FRAMES)) if zstandard.frame_content_size(FRAMES[number][1]) == BYTES]
+
+
+@given(number=st.sampled_from(SIZED), cuts=CUTS, again=CUTS)
+def test_a_stream_has_the_bytes_of_any_pieces(number, cuts, again):
+    data, frame = FRAMES[number]
+    with streaming(frame, FRAMES[SIZED[0]][1]) as stream:
+        assert pieces(stream, 0, cuts) == data[cuts[0] : cuts[-1]]
+        assert pieces(stream, 1, again) == FRAMES[SIZED[0]][0][again[0] : again[-1]]
+        assert pieces(stream, 0, again) == data[again[0] : again[-1]]
+        assert pieces(stream, 0, [0, 10, BYTES]) == data
+
+
+@settings(max_examples=500)
+@given(number=st.sampled_from(SIZED), cuts=CUTS, part=st.floats(0, 1), missing=st.integers(1, 16), near_end=st.booleans())
+def test_a_stream_of_a_frame_cut_anywhere_does_not_come_to_its_end(number, cuts, part, missing, near_end):
+    _, frame = FRAMES[number]
+    with streaming(frame[:-missing] if near_end else frame[: int(part * (len(frame) - 1))]) as stream:
+        assert pieces(stream, 0, sorted({0, *cuts, BYTES})) is None
+
+
+@pytest.mark.parametrize("missing", range(1, 25))
+@pytest.mark.parametrize("number", SIZED)
+def test_a_stream_of_a_frame_that_lacks_its_last_bytes(number, missing):
+    _, frame = FRAMES[number]
+    with streaming(frame[:-missing]) as stream:
+        assert pieces(stream, 0, [0, BYTES // 2, BYTES]) is None
+        assert pieces(stream, 0, [0, BYTES - 1, BYTES]) is None
+
+
+@given(number=st.sampled_from(SIZED), cuts=CUTS, extra=st.binary(min_size=1, max_size=20))
+def test_a_stream_with_more_behind_it_does_not_come_to_its_end(number, cuts, extra):
+    _, frame = FRAMES[number]
+    for longer in (frame + extra, frame + frame, frame + SKIPPED[:-1]):
+        with streaming(longer) as stream:
+            assert pieces(stream, 0, sorted({0, *cuts, BYTES})) is None
+
+
+@pytest.mark.parametrize("place", [-1, -2, -3, -4])
+def test_a_stream_meets_its_checksum(place):
+    data, frame = next(FRAMES[number] for number in SIZED if zstandard.get_frame_parameters(FRAMES[number][1]).has_checksum)
+    damaged = bytearray(frame)
+    damaged[place] ^= 1
+    with streaming(bytes(damaged), frame) as stream:
+        assert pieces(stream, 0, [0, BYTES - 1]) == data[:-1]
+        assert pieces(stream, 0, [BYTES - 1, BYTES]) is None
+        assert pieces(stream, 1, [0, BYTES - 1, BYTES]) == data
+
+
+def test_a_stream_leaves_what_is_unusual_to_others():
+    data = CONTENTS[0]
+    wide = zstandard.ZstdCompressionParameters.from_level(1, window_log=24)
+    unsized = zstandard.ZstdCompressor(write_content_size=False).compress(data)
+    begins_with_another = SKIPPED + zstandard.ZstdCompressor().compress(data)
+    large = zstandard.ZstdCompressor(compression_params=wide).compressobj(size=BYTES)
+    frames = [unsized, begins_with_another, zstandard.ZstdCompressor().compress(data[:-8]), b"", b"abc"]
+    with streaming(*frames, large.compress(data) + large.flush()) as stream:
+        for number in range(len(frames)):
+            assert pieces(stream, number, [0, 100]) is None
+        assert stream.row_chunk == -1
