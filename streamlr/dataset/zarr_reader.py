@@ -46,14 +46,16 @@ class ZarrReader:
         self._bare = isinstance(self._codec, ChunkCodec) and self._codec.is_bare
         self._copies = _column_copies(rows)
         self._whole = rows.column_chunks == (0,) and rows.column_positions == tuple(range(self._row_bytes // rows.dtype.itemsize))
+        in_rows = self._whole and isinstance(self._codec, ChunkCodec) and self._codec.order == "C"
         # plain chunks, which are all of some rows as they are computed with, are decoded where they are wanted
         self._plain = self._whole and isinstance(self._codec, ChunkCodec) and self._codec.is_plain
-        # of large files of numbers only such rows are read or decoded as are wanted: they stay in a core's cache
-        large = self._plain and self._height * self._row_bytes >= 2 * PART_BYTES and self._stored.are_files
+        # of large files of rows only such are read or decoded as are wanted: they stay in a core's cache
+        large = in_rows and self._height * self._row_bytes >= 2 * PART_BYTES and self._stored.are_files
         self._stream: ZstdStream | None = None
         if large and isinstance(self._codec, ChunkCodec) and self._codec.is_zstd:
             self._stream = ZstdStream(partial(_open, self._stored, self._positions[0]), self._height * self._row_bytes)
         self._in_parts = (large and self._bare) or self._stream is not None
+        self._part = Buffer()  # of numbers that are to be promoted
         self._read: defaultdict[int, Buffer] = defaultdict(Buffer)
         self._decoded: defaultdict[int, Buffer] = defaultdict(Buffer)
         self._held = -1  # the last row of chunks
@@ -80,18 +82,17 @@ class ZarrReader:
         for row_chunk in range(start // height, -(-stop // height)):
             first, last = max(start, row_chunk * height), min(stop, (row_chunk + 1) * height)
             target = out[first - start : last - start]
-            if not self._plain:
-                self._hold(row_chunk, first)
-                for piece, (to, source) in zip(self._pieces, self._copies, strict=True):
-                    target[:, to] = piece[first - row_chunk * height : last - row_chunk * height, source]
-            elif row_chunk == self._held or not target.flags.c_contiguous or (last - first < height and not self._in_parts):
+            part = self._in_parts and (last - first < height or self._stream is None) and target.flags.c_contiguous
+            if part and row_chunk != self._held:
+                self._held = -1  # nor is this one: what is expected goes by the last chunk that was read
+                self._part_into(target, row_chunk, first)
+            elif not self._plain:
+                self._copy_into(target, row_chunk, first)
+            elif row_chunk == self._held or not target.flags.c_contiguous or last - first < height:
                 target[:] = self._joined(first, last, height)
             else:
-                self._held = -1  # nor is this one: what is expected goes by the last chunk that was read
-                if self._in_parts and (last - first < height or self._stream is None):
-                    self._part_into(target, row_chunk, first)
-                else:
-                    self._decode_into(target, row_chunk)
+                self._held = -1
+                self._decode_into(target, row_chunk)
 
     def view(self, start: int, stop: int) -> NDArray[Any] | None:
         """Return rows as they were decoded, where that is all that is read of them and they lie in one piece."""
@@ -182,15 +183,32 @@ class ZarrReader:
         if not np.may_share_memory(numbers, target):
             target[...] = numbers
 
-    def _part_into(self, target: NDArray[np.float64], row_chunk: int, first: int) -> None:
+    def _copy_into(self, target: NDArray[Any], row_chunk: int, first: int) -> None:
+        """Fill `target` with rows of a chunk that is held, from `first` on."""
+        self._hold(row_chunk, first)
+        within = first - row_chunk * self._height
+        for piece, (to, source) in zip(self._pieces, self._copies, strict=True):
+            target[:, to] = piece[within : within + len(target), source]
+
+    def _part_into(self, target: NDArray[Any], row_chunk: int, first: int) -> None:
         """Fill `target` with rows of a chunk that is read in parts, from `first` on."""
         position, within = (row_chunk, *self._positions[0]), first - row_chunk * self._height
-        if self._stream is not None:
-            if not self._stream.fill(row_chunk, within * self._row_bytes, target.reshape(-1).view(np.uint8)):
-                target[...] = self._joined(first, first + len(target), self._height)
-        elif not self._stored.fill(position, within * self._row_bytes, target.reshape(-1).view(np.uint8)):
+        assert isinstance(self._codec, ChunkCodec)
+        part, dtype = target, self._codec.dtype
+        if target.dtype != dtype:
+            part = self._part.take(target.size * dtype.itemsize).view(dtype).reshape(target.shape)
+        start, into = within * self._row_bytes, part.reshape(-1).view(np.uint8)
+        stream = self._stream
+        if self._stored.fill(position, start, into) if stream is None else stream.fill(row_chunk, start, into):
+            if part is not target:
+                target[...] = part
+        elif stream is None:
             with self._counting(row_chunk, first):
                 target[...] = self.chunk(position)[within : within + len(target)]
+        elif self._plain:
+            target[...] = self._joined(first, first + len(target), self._height)
+        else:
+            self._copy_into(target, row_chunk, first)
 
     @contextmanager
     def _counting(self, row_chunk: int, first: int) -> Iterator[None]:

@@ -388,6 +388,20 @@ class TestLargeFilesOfZstd(TestLargeFiles):
         assert max(filled) == 16 * self.tile
         assert sum(filled) == 16 * self.n
 
+    @pytest.mark.parametrize("compressors", [None, (ZstdCodec(),)], ids=["none", "zstd"])
+    @pytest.mark.parametrize("dtype", ["float32", ">f4", "int16"])
+    def test_shorter_numbers(self, tmp_path, monkeypatch, dtype, compressors):
+        rows = np.random.default_rng(0).integers(-99, 99, size=(300_000, 12)).astype(dtype)
+        y = rows @ np.arange(12.0) + np.random.default_rng(1).normal(size=len(rows))
+        x = zarr.create_array(str(tmp_path / "x.zarr"), data=rows, chunks=(140_000, 12), compressors=compressors)
+        expected, dataset = streamlr.Dataset(rows.astype(rows.dtype.newbyteorder("=")), y), streamlr.Dataset(x, y)
+        decoded, decode = [], ChunkCodec.decode
+        monkeypatch.setattr(ChunkCodec, "decode", lambda *about: decoded.append(about) or decode(*about))
+        model = streamlr.fit(dataset)
+        assert model.coef.tobytes() == streamlr.fit(expected).coef.tobytes()
+        assert streamlr.evaluate(model, dataset).mse == streamlr.evaluate(model, expected).mse
+        assert not decoded or compressors is None  # few rows at the end of a chunk are not worth opening its file
+
     def test_few_bytes_are_not_worth_opening_a_file(self, tmp_path, monkeypatch):
         """But they are decoded where decoding has come to, from a file that stays open."""
         n = 300_000

@@ -511,7 +511,9 @@ class TestTilesOfSeveralChunks:
 
     def read(self, data: st.DataObject, store: Store) -> None:
         n, height, tile = (data.draw(st.integers(1, most)) for most in (150, 60, 60))
-        x, y = np.arange(3.0 * n).reshape(n, 3), np.arange(1.0, n + 1)
+        dtype = data.draw(st.sampled_from(["f8", "f4", ">f4", ">f8", "i2"]))
+        x, y = np.arange(3 * n).reshape(n, 3).astype(dtype), np.arange(1.0, n + 1)
+        as_stored = data.draw(st.booleans())
         compressors = data.draw(st.sampled_from([None, [ZstdCodec()], [BloscCodec()], [GzipCodec(level=1), Crc32cCodec()]]))
         options = {"chunks": (height, 3), "compressors": compressors, "fill_value": -1.0}
         group = group_of(x, y, store=store, x_options=options, y_options={"chunks": (height,)})
@@ -528,7 +530,8 @@ class TestTilesOfSeveralChunks:
             tally = tally + some
 
         for start, stop in itertools.pairwise(edges):
-            for block in reader.blocks(Span(start, stop), note, tile):
+            for block in reader.blocks(Span(start, stop), note, tile, as_stored=as_stored):
+                assert block.x.dtype == (np.float64 if not as_stored or x.itemsize == 8 else x.dtype.newbyteorder("="))
                 np.testing.assert_array_equal(block.x, x[block.start : block.stop])
                 np.testing.assert_array_equal(block.y[:, 0], y[block.start : block.stop])
                 assert block.x.flags.c_contiguous
