@@ -198,8 +198,8 @@ class ZarrReader:
         if target.dtype != dtype:
             part = self._part.take(target.size * dtype.itemsize).view(dtype).reshape(target.shape)
         start, into = within * self._row_bytes, part.reshape(-1).view(np.uint8)
-        stream = self._stream
-        if self._stored.fill(position, start, into) if stream is None else stream.fill(row_chunk, start, into):
+        stream, last = self._stream, first + len(target) == self.rows.n_rows
+        if self._stored.fill(position, start, into) if stream is None else stream.fill(row_chunk, start, into, last=last):
             if part is not target:
                 target[...] = part
         elif stream is None:

@@ -39,17 +39,19 @@ class ZstdStream:
         self._at = 0
         self.row_chunk = -1  # the one that is being decoded
 
-    def fill(self, row_chunk: int, start: int, into: NDArray[np.uint8]) -> bool:
+    def fill(self, row_chunk: int, start: int, into: NDArray[np.uint8], *, last: bool) -> bool:
         """Fill `into` with the decoded bytes of a chunk from `start` on, and return whether all is well so far.
 
-        With the last byte of a chunk it is known that its frame ends where its file does, and is what its checksum says.
+        With the last byte of a chunk it is known that its frame ends where its file does, and is what its checksum says. Where
+        these are the `last` bytes that anybody wants, those behind them are decoded too.
         """
         try:
             if row_chunk != self.row_chunk or start < self._at:
                 self._begin(row_chunk)
-            while self._at < start:
-                self._read(np.empty(min(start - self._at, SKIPPED_BYTES), dtype=np.uint8))
+            self._skip(start)
             self._read(into)
+            if last:
+                self._skip(self._nbytes)
             if self._at == self._nbytes:
                 self._end()
         except (OSError, ValueError, MemoryError, zstandard.ZstdError):
@@ -75,6 +77,10 @@ class ZstdStream:
             raise ValueError("it is not one frame of its size")
         self._reader = self._decompressor.stream_reader(self._file, read_size=READ_BYTES, closefd=False)
         self._at, self.row_chunk = 0, row_chunk
+
+    def _skip(self, stop: int) -> None:
+        while self._at < stop:
+            self._read(np.empty(min(stop - self._at, SKIPPED_BYTES), dtype=np.uint8))
 
     def _read(self, into: NDArray[np.uint8]) -> None:
         assert self._reader is not None

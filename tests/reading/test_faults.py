@@ -379,7 +379,7 @@ class TestLargeFilesOfZstd(TestLargeFiles):
     def test_the_rows_of_a_tile_are_read_and_no_others(self, store, large, monkeypatch):
         decoded, filled, fill = [], [], ZstdStream.fill
         monkeypatch.setattr(ChunkCodec, "decode", lambda *about: decoded.append(about))  # of y, which takes no part
-        monkeypatch.setattr(ZstdStream, "fill", lambda *about: filled.append(about[-1].nbytes) or fill(*about))
+        monkeypatch.setattr(ZstdStream, "fill", lambda *about, **kw: filled.append(about[-1].nbytes) or fill(*about, **kw))
         x = zarr.open_group(store, mode="r")["X"]
         with dask.config.set(scheduler="sync"):
             model = streamlr.fit(streamlr.Dataset(x, large[1]))
@@ -412,20 +412,22 @@ class TestLargeFilesOfZstd(TestLargeFiles):
         streamlr.fit(dataset)
         assert len(opened) == streamlr.plan(dataset).n_spans < 5
 
+    @pytest.mark.parametrize("number", [1, 2], ids=["whole", "at the end of the array"])
     @pytest.mark.parametrize("cut", [None, 1, 2**20, -1, -4, -5], ids=str)
-    def test_chunk_of_another_size(self, store, cut):
-        file = store / "X/c/1/0"
+    def test_chunk_of_another_size(self, store, cut, number):
+        file = store / f"X/c/{number}/0"
         file.write_bytes(file.read_bytes() + bytes(8) if cut is None else file.read_bytes()[:cut])
-        with fails(ChunkCorrupt, "array 'X'", "rows 524,288 to"):
+        with fails(ChunkCorrupt, "array 'X'", f"rows {number * self.height:,} to"):
             streamlr.fit(streamlr.open_dataset(store))
 
+    @pytest.mark.parametrize("number", [1, 2], ids=["whole", "at the end of the array"])
     @pytest.mark.parametrize("place", [5, 2**21, -9, -2])
-    def test_damaged_bytes(self, store, place):
-        file = store / "X/c/1/0"
+    def test_damaged_bytes(self, store, place, number):
+        file = store / f"X/c/{number}/0"
         damaged = bytearray(file.read_bytes())
         damaged[place] ^= 64
         file.write_bytes(damaged)
-        with fails(ChunkCorrupt, "array 'X'", "rows 524,288 to"):
+        with fails(ChunkCorrupt, "array 'X'", f"rows {number * self.height:,} to"):
             streamlr.fit(streamlr.open_dataset(store))
 
     @pytest.mark.parametrize("times", [1, 2])

@@ -159,12 +159,12 @@ def streaming(*files: bytes) -> Iterator[ZstdStream]:
                 os.fstat(file)
 
 
-def pieces(stream: ZstdStream, chunk: int, cuts: list[int]) -> bytes | None:
+def pieces(stream: ZstdStream, chunk: int, cuts: list[int], last: bool = False) -> bytes | None:
     """Return a chunk's bytes from the first of these places to the last, decoded piece by piece; None where all is not well."""
     found = []
     for start, stop in pairwise(cuts):
         into = np.empty(stop - start, dtype=np.uint8)
-        if not stream.fill(chunk, start, into):
+        if not stream.fill(chunk, start, into, last=last and stop == cuts[-1]):
             return None
         found.append(into.tobytes())
     return b"".join(found)
@@ -218,6 +218,14 @@ def test_a_stream_meets_its_checksum(place):
         assert pieces(stream, 0, [0, BYTES - 1]) == data[:-1]
         assert pieces(stream, 0, [BYTES - 1, BYTES]) is None
         assert pieces(stream, 1, [0, BYTES - 1, BYTES]) == data
+
+
+def test_the_last_bytes_that_are_wanted_are_not_believed_before_the_end():
+    data, frame = FRAMES[SIZED[0]]
+    with streaming(frame, frame[:-1]) as stream:
+        assert pieces(stream, 0, [0, 1000], last=True) == data[:1000]
+        assert pieces(stream, 1, [0, 1000], last=False) == data[:1000]
+        assert pieces(stream, 1, [1000, 2000], last=True) is None
 
 
 def test_a_stream_leaves_what_is_unusual_to_others():
