@@ -7,13 +7,12 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from streamlr.dataset.blocks import Span
+from streamlr.dataset.blocks import TILE_BYTES, Span
 from streamlr.dataset.buffers import Buffer
 from streamlr.dataset.codecs import ChunkCodec, ZarrCodec, check_memory, chunk_codec
 from streamlr.dataset.consecutive import Consecutive
@@ -27,6 +26,7 @@ from streamlr.errors import ChunkMissing
 if TYPE_CHECKING:
     from streamlr.dataset.zarr_rows import ZarrRows
 
+STREAMED_BYTES = 2 * TILE_BYTES  # of a chunk that is decoded a tile at a time: at least two of them
 PART_BYTES = 2**20  # of rows that are wanted at once: fewer, and opening their file for them costs more than to hold its chunk
 Position = tuple[int, ...]
 
@@ -50,11 +50,14 @@ class ZarrReader:
         # plain chunks, which are all of some rows as they are computed with, are decoded where they are wanted
         self._plain = self._whole and isinstance(self._codec, ChunkCodec) and self._codec.is_plain
         # of large files of rows only such are read or decoded as are wanted: they stay in a core's cache
-        large = in_rows and self._height * self._row_bytes >= 2 * PART_BYTES and self._stored.are_files
-        self._stream: ZstdStream | None = None
-        if large and isinstance(self._codec, ChunkCodec) and self._codec.is_zstd:
-            self._stream = ZstdStream(partial(_open, self._stored, self._positions[0]), self._height * self._row_bytes)
-        self._in_parts = (large and self._bare) or self._stream is not None
+        nbytes, self._stream = self._height * self._row_bytes, None
+        files = in_rows and self._stored.are_files
+        if files and nbytes >= STREAMED_BYTES and isinstance(self._codec, ChunkCodec) and self._codec.is_zstd:
+            stored, column = self._stored, self._positions[0]  # not their reader, which would be kept in a circle
+            self._stream = ZstdStream(
+                lambda row_chunk: stored.open((row_chunk, *column)), nbytes, lambda row_chunk: stored.describe((row_chunk, *column))
+            )
+        self._in_parts = (files and self._bare and nbytes >= 2 * PART_BYTES) or self._stream is not None
         self._part = Buffer()  # of numbers that are to be promoted
         self._read: defaultdict[int, Buffer] = defaultdict(Buffer)
         self._decoded: defaultdict[int, Buffer] = defaultdict(Buffer)
@@ -73,7 +76,7 @@ class ZarrReader:
         self._held, self._pieces = -1, []
         self._stored.forget()
         if self._stream is not None:
-            self._stream.close()
+            self._stream.leave()
 
     def read_into(self, out: NDArray[Any], start: int) -> None:
         """Fill `out` (m, c) with the rows from `start` on."""
@@ -224,11 +227,6 @@ class ZarrReader:
             return f"the store {root} is gone while array {self.rows.label!r} was being read; is it still mounted?"
         where = shown(self.rows.array.store_path)
         return f"{self._stored.describe(position)} is missing from {where}; restore it, {self.rows.remedy}"
-
-
-def _open(stored: StoredChunks, column: Position, row_chunk: int) -> int:
-    """Open the file of a chunk; no method, which would keep its reader in a circle."""
-    return stored.open((row_chunk, *column))
 
 
 def _coming(rows: ZarrRows, held: int, spans: Sequence[Span]) -> Iterator[Position]:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import io
+import os
+import time
 from collections.abc import Callable
 
 import numpy as np
 import zstandard
 from numpy.typing import NDArray
+
+from streamlr.dataset.codecs import check_memory
+from streamlr.dataset.stored_chunks import PAUSES
+from streamlr.errors import ChunkCorrupt
 
 READ_BYTES = 2**18  # of a file at once: they are decoded while a core's cache holds them
 SKIPPED_BYTES = 2**20  # decoded at once where nobody wants them
@@ -20,8 +26,8 @@ EMPTY_FRAME = bytes.fromhex("502a4d1800000000")
 class ZstdStream:
     """Decodes chunks that are each a file of one frame, in order, into memory of who wants them.
 
-    Whatever is unusual or wrong is not told here, but left to who reads whole chunks: a file that is not there, other frames, and
-    such as end before their file does, or behind it.
+    What is unusual or wrong before a number was given is left to who reads whole chunks: a file that is not there, or other frames.
+    Afterwards it is an error, since what was given may be wrong, too.
 
     Parameters
     ----------
@@ -29,54 +35,82 @@ class ZstdStream:
         Opens the file of a row of chunks and returns its descriptor.
     nbytes : int
         Decoded bytes of a chunk.
+    describe : callable
+        Names the chunk of a row of chunks.
     """
 
-    def __init__(self, open_file: Callable[[int], int], nbytes: int) -> None:
+    def __init__(self, open_file: Callable[[int], int], nbytes: int, describe: Callable[[int], str]) -> None:
         self._file: _File | None = None
-        self._open_file, self._nbytes = open_file, nbytes
-        self._decompressor = zstandard.ZstdDecompressor()
+        self._open_file, self._nbytes, self._describe = open_file, nbytes, describe
         self._reader: zstandard.ZstdDecompressionReader | None = None
         self._at = 0
+        self._given = self._checked = False
         self.row_chunk = -1  # the one that is being decoded
 
     def fill(self, row_chunk: int, start: int, into: NDArray[np.uint8], *, last: bool) -> bool:
-        """Fill `into` with the decoded bytes of a chunk from `start` on, and return whether all is well so far.
+        """Fill `into` with the decoded bytes of a chunk from `start` on, and return whether it can be decoded here.
 
-        With the last byte of a chunk it is known that its frame ends where its file does, and is what its checksum says. Where
+        With the last byte of a chunk it is known that there is nothing behind it, and that it is what its checksum says. Where
         these are the `last` bytes that anybody wants, those behind them are decoded too.
+
+        Raises
+        ------
+        ChunkCorrupt
+            A chunk of which bytes were given is damaged, or cannot be read.
+        MemoryLimitExceeded
+            There was no memory to decompress it.
         """
+        if row_chunk != self.row_chunk or start < self._at:
+            self.leave()
         try:
-            if row_chunk != self.row_chunk or start < self._at:
+            if self._reader is None:
                 self._begin(row_chunk)
             self._skip(start)
             self._read(into)
+            self._given = True
             if last:
                 self._skip(self._nbytes)
             if self._at == self._nbytes:
                 self._end()
-        except (OSError, ValueError, MemoryError, zstandard.ZstdError):
-            self.close()
+        except (OSError, ValueError, MemoryError, zstandard.ZstdError) as error:
+            self._fail(error)
             return False
         return True
 
-    def close(self) -> None:
-        """Let go of the file."""
-        file, self._file, self._reader, self.row_chunk = self._file, None, None, -1
+    def leave(self) -> None:
+        """Let go of a chunk: if something of it was given that has a checksum, not before that was met; the same is raised."""
+        try:
+            if self._reader is not None and self._given and self._checked:
+                self._skip(self._nbytes)
+                self._end()
+        except (OSError, ValueError, MemoryError, zstandard.ZstdError) as error:
+            self._fail(error)
+        self._close()
+
+    def __del__(self) -> None:
+        self._close()
+
+    def _fail(self, error: Exception) -> None:
+        row_chunk, given = self.row_chunk, self._given
+        self._close()
+        if given:
+            check_memory(error, self._describe(row_chunk), self._nbytes)
+            raise ChunkCorrupt(f"{self._describe(row_chunk)} cannot be decoded: {error}; restore it from its source") from error
+
+    def _close(self) -> None:
+        file, self._file, self._reader, self.row_chunk, self._given = self._file, None, None, -1, False
         if file is not None:
             file.close()
 
-    def __del__(self) -> None:
-        self.close()
-
     def _begin(self, row_chunk: int) -> None:
-        self.close()
         self._file = _File(self._open_file(row_chunk))
         frame = zstandard.get_frame_parameters(self._file.read(HEADER_BYTES))
         self._file.seek(0)
         if frame.content_size != self._nbytes or frame.window_size > WINDOW_BYTES:
             raise ValueError("it is not one frame of its size")
-        self._reader = self._decompressor.stream_reader(self._file, read_size=READ_BYTES, closefd=False)
-        self._at, self.row_chunk = 0, row_chunk
+        # a decompressor of its own, which gives the frame's window back with it
+        self._reader = zstandard.ZstdDecompressor().stream_reader(self._file, read_size=READ_BYTES, closefd=False)
+        self._at, self.row_chunk, self._checked = 0, row_chunk, frame.has_checksum
 
     def _skip(self, stop: int) -> None:
         while self._at < stop:
@@ -94,17 +128,32 @@ class ZstdStream:
         self._file.behind = EMPTY_FRAME
         if self._reader.read(1) or self._file.behind:
             raise ValueError("it does not end where its file does")
-        self.close()
+        self._close()
 
 
 class _File(io.FileIO):
-    """A file, and what is put behind it."""
+    """A file that is read again where that fails for a moment, and what is put behind it."""
 
     behind = b""
 
-    def read(self, size: int | None = -1) -> bytes:
+    def __init__(self, file: int) -> None:
+        try:
+            super().__init__(file)
+        except OSError:
+            os.close(file)
+            raise
+
+    def read(self, size: int = -1) -> bytes:  # type: ignore[override]  # nobody asks for None
         """Return the next bytes, none at the end."""
-        found = super().read(size) or b""
+        pauses = iter(PAUSES)
+        while True:
+            try:
+                found = os.read(self.fileno(), size)
+                break
+            except OSError:
+                if (pause := next(pauses, None)) is None:
+                    raise
+                time.sleep(pause)
         if not found:
             found, self.behind = self.behind, b""
         return found

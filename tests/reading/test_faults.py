@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gzip
+import itertools
 import json
 import os
 import pickle
@@ -27,7 +28,7 @@ from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec, ZstdCodec
 from zarr.storage import MemoryStore, WrapperStore
 
 import streamlr
-from streamlr.dataset import files_ahead, stored_chunks, zstd_stream
+from streamlr.dataset import files_ahead, stored_chunks, zarr_reader, zstd_stream
 from streamlr.dataset.buffers import Buffer
 from streamlr.dataset.codecs import ChunkCodec, check_memory
 from streamlr.dataset.files_ahead import Files
@@ -376,6 +377,10 @@ class TestLargeFilesOfZstd(TestLargeFiles):
 
     compressors = (ZstdCodec(level=1, checksum=True),)
 
+    @pytest.fixture(autouse=True)
+    def _streamed(self, monkeypatch):
+        monkeypatch.setattr(zarr_reader, "STREAMED_BYTES", 2**21)
+
     def test_the_rows_of_a_tile_are_read_and_no_others(self, store, large, monkeypatch):
         decoded, filled, fill = [], [], ZstdStream.fill
         monkeypatch.setattr(ChunkCodec, "decode", lambda *about: decoded.append(about))  # of y, which takes no part
@@ -432,16 +437,29 @@ class TestLargeFilesOfZstd(TestLargeFiles):
 
     @pytest.mark.parametrize("times", [1, 2])
     def test_a_reading_that_fails_for_a_moment_is_repeated(self, store, large, monkeypatch, times):
-        read, failing = zstd_stream._File.read, iter([False] * 20 + [True] * times)
+        read, failing = os.read, iter([False] * 20 + [True] * times)
 
-        def fail(file, size=-1):
-            if next(failing, False):
+        def fail(file, size):
+            if size == zstd_stream.READ_BYTES and next(failing, False):
                 raise OSError(errno.EIO, "as planned")
             return read(file, size)
 
-        monkeypatch.setattr(zstd_stream._File, "read", fail)
+        monkeypatch.setattr(os, "read", fail)
         assert streamlr.fit(streamlr.open_dataset(store)).coef.tobytes() == streamlr.fit(streamlr.Dataset(*large)).coef.tobytes()
         assert not list(failing)
+
+    def test_bytes_that_are_right_when_they_are_read_again_are_an_error_where_others_were_used(self, store, monkeypatch):
+        read, number = os.read, itertools.count()
+
+        def flipped(file, size):
+            found = bytearray(read(file, size))
+            if size == zstd_stream.READ_BYTES and next(number) == 3:
+                found[1000] ^= 1
+            return bytes(found)
+
+        monkeypatch.setattr(os, "read", flipped)
+        with dask.config.set(scheduler="sync"), fails(ChunkCorrupt, "array 'X'", "checksum"):
+            streamlr.fit(streamlr.open_dataset(store))
 
     @pytest.mark.parametrize("frames", ["of a size that is not stated", "several"])
     def test_other_frames_are_decoded_once_each(self, store, large, monkeypatch, frames):

@@ -506,7 +506,8 @@ class TestTilesOfSeveralChunks:
     @given(data=st.data())
     def test_any_tiles_of_any_chunks(self, data):
         with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
-            patch.setattr(zarr_reader, "PART_BYTES", data.draw(st.sampled_from([0, zarr_reader.PART_BYTES])))
+            for name in ("PART_BYTES", "STREAMED_BYTES"):
+                patch.setattr(zarr_reader, name, data.draw(st.sampled_from([0, getattr(zarr_reader, name)])))
             self.read(data, data.draw(st.sampled_from([MemoryStore(), LocalStore(folder)])))
 
     def read(self, data: st.DataObject, store: Store) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from pathlib import Path
 
@@ -151,9 +152,9 @@ def streaming(*files: bytes) -> Iterator[ZstdStream]:
             opened.append(os.open(paths[number], os.O_RDONLY))
             return opened[-1]
 
-        stream = ZstdStream(open_file, BYTES)
+        stream = ZstdStream(open_file, BYTES, lambda number: f"chunk {number}")
         yield stream
-        stream.close()
+        stream.leave()
         for file in opened:
             with pytest.raises(OSError, match="Bad file descriptor"):
                 os.fstat(file)
@@ -164,7 +165,13 @@ def pieces(stream: ZstdStream, chunk: int, cuts: list[int], last: bool = False) 
     found = []
     for start, stop in pairwise(cuts):
         into = np.empty(stop - start, dtype=np.uint8)
-        if not stream.fill(chunk, start, into, last=last and stop == cuts[-1]):
+        try:
+            if not stream.fill(chunk, start, into, last=last and stop == cuts[-1]):
+                assert not found, "what was given is believed"
+                return None
+        except ChunkCorrupt as error:
+            if f"chunk {chunk} cannot be decoded" not in str(error):
+                raise
             return None
         found.append(into.tobytes())
     return b"".join(found)
@@ -226,6 +233,39 @@ def test_the_last_bytes_that_are_wanted_are_not_believed_before_the_end():
         assert pieces(stream, 0, [0, 1000], last=True) == data[:1000]
         assert pieces(stream, 1, [0, 1000], last=False) == data[:1000]
         assert pieces(stream, 1, [1000, 2000], last=True) is None
+
+
+@pytest.mark.parametrize("how", ["another chunk", "an earlier place", "leave"])
+def test_a_chunk_of_which_something_was_given_is_not_left_before_its_checksum_is_met(how):
+    data, frame = next(FRAMES[number] for number in SIZED if zstandard.get_frame_parameters(FRAMES[number][1]).has_checksum)
+    damaged = bytearray(frame)
+    damaged[-1] ^= 1
+    leave = {
+        "another chunk": lambda stream: stream.fill(1, 0, np.empty(9, dtype=np.uint8), last=False),
+        "an earlier place": lambda stream: stream.fill(0, 0, np.empty(9, dtype=np.uint8), last=False),
+        "leave": lambda stream: stream.leave(),
+    }[how]
+    for first, fails in ((bytes(damaged), pytest.raises(ChunkCorrupt, match="chunk 0 cannot be decoded")), (frame, nullcontext())):
+        with streaming(first, frame) as stream:
+            assert pieces(stream, 0, [100, 1000]) == data[100:1000]
+            with fails:
+                leave(stream)
+
+
+@pytest.mark.parametrize("times", [2, 3])
+def test_a_reading_that_fails_for_a_moment_is_repeated_where_it_was(monkeypatch, times):
+    data, frame = FRAMES[SIZED[0]]
+    read, failing = os.read, iter([False] * 3 + [True] * times)
+
+    def fail(file: int, size: int) -> bytes:
+        if next(failing, False):
+            raise OSError(errno.EIO, "as planned")
+        return read(file, size)
+
+    with streaming(frame) as stream:
+        monkeypatch.setattr(zstd_stream, "PAUSES", (0.0, 0.0))
+        monkeypatch.setattr(os, "read", fail)
+        assert pieces(stream, 0, [0, 1000, BYTES]) == (data if times == 2 else None)
 
 
 def test_a_stream_leaves_what_is_unusual_to_others():
