@@ -251,14 +251,14 @@ def test_overwriting_destroys_nothing_but_an_output(foreign, store, tmp_path):
 
 @pytest.fixture(scope="module")
 def slow(tmp_path_factory):
-    """One stored chunk, read a thousand times by a thousand names: long to fit, quick to write."""
+    """One stored chunk, read three thousand times by as many names: long to fit, quick to write."""
     path = tmp_path_factory.mktemp("slow") / "slow.zarr"
     group = zarr.open_group(path, mode="w")
-    x = group.create_array("X", shape=(40_000_000, 20), chunks=(40_000, 20), dtype="float64", compressors=None)
-    y = group.create_array("y", shape=(40_000_000,), chunks=(40_000,), dtype="float64", compressors=None)
+    x = group.create_array("X", shape=(120_000_000, 20), chunks=(40_000, 20), dtype="float64", compressors=None)
+    y = group.create_array("y", shape=(120_000_000,), chunks=(40_000,), dtype="float64", compressors=None)
     block = np.random.default_rng(0).normal(size=(40_000, 20))
     x[:40_000], y[:40_000] = block, block[:, 0]
-    for number in range(1, 1000):
+    for number in range(1, 3000):
         (path / f"X/c/{number}").mkdir()
         (path / f"X/c/{number}/0").hardlink_to(path / "X/c/0/0")
         (path / f"y/c/{number}").hardlink_to(path / "y/c/0")
