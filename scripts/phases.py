@@ -27,8 +27,16 @@ PHASES = {
         "streamlr.dataset.zarr_rows:ZarrRows.check_current",
         "streamlr.dataset.zarr_rows:ZarrRows.fingerprint",
     ),
-    "read": ("streamlr.dataset.stored_chunks:StoredChunks.get",),
-    "decode": ("streamlr.dataset.codecs:ChunkCodec.decode", "streamlr.dataset.codecs:ZarrCodec.decode"),
+    "read": (
+        "streamlr.dataset.stored_chunks:StoredChunks.get",
+        "streamlr.dataset.stored_chunks:StoredChunks.fill",
+        "streamlr.dataset.zstd_stream:_File.read",
+    ),
+    "decode": (
+        "streamlr.dataset.codecs:ChunkCodec.decode",
+        "streamlr.dataset.codecs:ZarrCodec.decode",
+        "streamlr.dataset.zstd_stream:ZstdStream.fill",
+    ),
     "check and copy rows": ("streamlr.dataset.checked:DatasetReader.blocks",),
     "centre": ("streamlr.aggregates.moments:MomentsOf.of",),  # all of it but the product of the features
     # of few columns, centring too

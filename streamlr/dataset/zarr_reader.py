@@ -53,10 +53,7 @@ class ZarrReader:
         nbytes, self._stream = self._height * self._row_bytes, None
         files = in_rows and self._stored.are_files
         if files and nbytes >= STREAMED_BYTES and isinstance(self._codec, ChunkCodec) and self._codec.is_zstd:
-            stored, column = self._stored, self._positions[0]  # not their reader, which would be kept in a circle
-            self._stream = ZstdStream(
-                lambda row_chunk: stored.open((row_chunk, *column)), nbytes, lambda row_chunk: stored.describe((row_chunk, *column))
-            )
+            self._stream = ZstdStream(self._stored.open, self._stored.describe, nbytes)
         self._in_parts = (files and self._bare and nbytes >= 2 * PART_BYTES) or self._stream is not None
         self._part = Buffer()  # of numbers that are to be promoted
         self._read: defaultdict[int, Buffer] = defaultdict(Buffer)
@@ -68,8 +65,8 @@ class ZarrReader:
 
     def expect(self, spans: Sequence[Span]) -> None:
         """Ask the store for the chunks of these spans, which are read next and in this order, and for no others any more."""
-        held = self._held if self._stream is None or self._stream.row_chunk < 0 else self._stream.row_chunk
-        self._stored.expect(_coming(self.rows, held, spans))
+        streamed = None if self._stream is None else self._stream.position
+        self._stored.expect(_coming(self.rows, self._held if streamed is None else streamed[0], spans))
 
     def forget(self) -> None:
         """Let go of the chunks that are held, and of what is known of shards."""
@@ -201,10 +198,11 @@ class ZarrReader:
         assert isinstance(self._codec, ChunkCodec)
         part, dtype = target, self._codec.dtype
         if target.dtype != dtype:
-            part = self._part.take(target.size * dtype.itemsize).view(dtype).reshape(target.shape)
+            with self._memory_for(position, nbytes := target.size * dtype.itemsize):
+                part = self._part.take(nbytes).view(dtype).reshape(target.shape)
         start, into = within * self._row_bytes, part.reshape(-1).view(np.uint8)
         stream, last = self._stream, first + len(target) == self.rows.n_rows
-        if self._stored.fill(position, start, into) if stream is None else stream.fill(row_chunk, start, into, last=last):
+        if self._stored.fill(position, start, into) if stream is None else stream.fill(position, start, into, last=last):
             if part is not target:
                 target[...] = part
         elif stream is None:

@@ -12,7 +12,7 @@ import zstandard
 from numpy.typing import NDArray
 
 from streamlr.dataset.codecs import check_memory
-from streamlr.dataset.stored_chunks import PAUSES
+from streamlr.dataset.stored_chunks import PAUSES, Position
 from streamlr.errors import ChunkCorrupt
 
 READ_BYTES = 2**18  # of a file at once: they are decoded while a core's cache holds them
@@ -32,22 +32,22 @@ class ZstdStream:
     Parameters
     ----------
     open_file : callable
-        Opens the file of a row of chunks and returns its descriptor.
+        Opens the file of the chunk at a position and returns its descriptor.
+    describe : callable
+        Names the chunk at a position.
     nbytes : int
         Decoded bytes of a chunk.
-    describe : callable
-        Names the chunk of a row of chunks.
     """
 
-    def __init__(self, open_file: Callable[[int], int], nbytes: int, describe: Callable[[int], str]) -> None:
+    def __init__(self, open_file: Callable[[Position], int], describe: Callable[[Position], str], nbytes: int) -> None:
         self._file: _File | None = None
-        self._open_file, self._nbytes, self._describe = open_file, nbytes, describe
+        self._open_file, self._describe, self._nbytes = open_file, describe, nbytes
         self._reader: zstandard.ZstdDecompressionReader | None = None
         self._at = 0
         self._given = self._checked = False
-        self.row_chunk = -1  # the one that is being decoded
+        self.position: Position | None = None  # of the chunk that is being decoded
 
-    def fill(self, row_chunk: int, start: int, into: NDArray[np.uint8], *, last: bool) -> bool:
+    def fill(self, position: Position, start: int, into: NDArray[np.uint8], *, last: bool) -> bool:
         """Fill `into` with the decoded bytes of a chunk from `start` on, and return whether it can be decoded here.
 
         With the last byte of a chunk it is known that there is nothing behind it, and that it is what its checksum says. Where
@@ -60,11 +60,11 @@ class ZstdStream:
         MemoryLimitExceeded
             There was no memory to decompress it.
         """
-        if row_chunk != self.row_chunk or start < self._at:
+        if position != self.position or start < self._at:
             self.leave()
         try:
             if self._reader is None:
-                self._begin(row_chunk)
+                self._begin(position)
             self._skip(start)
             self._read(into)
             self._given = True
@@ -91,26 +91,26 @@ class ZstdStream:
         self._close()
 
     def _fail(self, error: Exception) -> None:
-        row_chunk, given = self.row_chunk, self._given
+        given = None if self.position is None or not self._given else self._describe(self.position)
         self._close()
-        if given:
-            check_memory(error, self._describe(row_chunk), self._nbytes)
-            raise ChunkCorrupt(f"{self._describe(row_chunk)} cannot be decoded: {error}; restore it from its source") from error
+        if given is not None:
+            check_memory(error, given, self._nbytes)
+            raise ChunkCorrupt(f"{given} cannot be decoded: {error}; restore it from its source") from error
 
     def _close(self) -> None:
-        file, self._file, self._reader, self.row_chunk, self._given = self._file, None, None, -1, False
+        file, self._file, self._reader, self.position, self._given = self._file, None, None, None, False
         if file is not None:
             file.close()
 
-    def _begin(self, row_chunk: int) -> None:
-        self._file = _File(self._open_file(row_chunk))
+    def _begin(self, position: Position) -> None:
+        self._file = _File(self._open_file(position))
         frame = zstandard.get_frame_parameters(self._file.read(HEADER_BYTES))
         self._file.seek(0)
         if frame.content_size != self._nbytes or frame.window_size > WINDOW_BYTES:
             raise ValueError("it is not one frame of its size")
         # a decompressor of its own, which gives the frame's window back with it
         self._reader = zstandard.ZstdDecompressor().stream_reader(self._file, read_size=READ_BYTES, closefd=False)
-        self._at, self.row_chunk, self._checked = 0, row_chunk, frame.has_checksum
+        self._at, self.position, self._checked = 0, position, frame.has_checksum
 
     def _skip(self, stop: int) -> None:
         while self._at < stop:
@@ -143,12 +143,12 @@ class _File(io.FileIO):
             os.close(file)
             raise
 
-    def read(self, size: int = -1) -> bytes:  # type: ignore[override]  # nobody asks for None
+    def read(self, size: int | None = READ_BYTES) -> bytes:
         """Return the next bytes, none at the end."""
         pauses = iter(PAUSES)
         while True:
             try:
-                found = os.read(self.fileno(), size)
+                found = os.read(self.fileno(), READ_BYTES if size is None else size)
                 break
             except OSError:
                 if (pause := next(pauses, None)) is None:

@@ -69,8 +69,11 @@ class Source:
     def __reduce__(self) -> tuple[type[Source], tuple[Dataset]]:
         return Source, (self.dataset,)  # readers stay where they are; elsewhere, each task reads its own span
 
-    def blocks(self, span: Span, share: Share, tile: int, lazy: Sequence[Any], **how: bool) -> Iterator[Block]:
+    def blocks(
+        self, span: Span, share: Share, tile: int, lazy: Sequence[Any], *, confirmed: bool = True, as_stored: bool = False
+    ) -> Iterator[Block]:
         """Read the rows of a task's span, or of its run; see `DatasetReader.blocks`. Those of Dask arrays were computed for it."""
+        how = {"confirmed": confirmed, "as_stored": as_stored}
         if lazy:
             yield from with_blocks(self.dataset, span, lazy).reader().blocks(span, share.note, tile, **how)
             return

@@ -152,7 +152,7 @@ def streaming(*files: bytes) -> Iterator[ZstdStream]:
             opened.append(os.open(paths[number], os.O_RDONLY))
             return opened[-1]
 
-        stream = ZstdStream(open_file, BYTES, lambda number: f"chunk {number}")
+        stream = ZstdStream(open_file, lambda number: f"chunk {number}", BYTES)
         yield stream
         stream.leave()
         for file in opened:
@@ -278,4 +278,4 @@ def test_a_stream_leaves_what_is_unusual_to_others():
     with streaming(*frames, large.compress(data) + large.flush()) as stream:
         for number in range(len(frames)):
             assert pieces(stream, number, [0, 100]) is None
-        assert stream.row_chunk == -1
+        assert stream.position is None
