@@ -273,15 +273,15 @@ def test_an_option_that_does_not_exist_is_no_option():
 
 def test_a_batch_has_the_rows_that_were_asked_for_or_all_there_are():
     assert Descent("sgd").batch_rows(10**9, 1) == 1
-    assert [Descent().batch_rows(n, 100) for n in (1, 255, 256, 10**9)] == [1, 255, 256, 256]
+    assert [Descent().batch_rows(n, 100) for n in (1, 255, 256, 10**9)] == [1, 255, 256, 512]
     assert [Descent(batch_size=8).batch_rows(n, 1) for n in (8, 9, 10**9)] == [8, 8, 8]
 
 
 @given(st.integers(0, 10**10), st.integers(1, 2000))
 def test_where_columns_are_few_and_rows_are_many_a_batch_is_higher(n, p):
     m = Descent().batch_rows(n, p)
-    assert m == min(n, 256) or (m.bit_count() == 1 and m * p <= 32_768 and m * 4096 <= n)
-    assert 2 * m < 256 or 2 * m * p > 32_768 or 2 * m * 4096 > n  # and no higher would be allowed
+    assert m == min(n, 256) or (m.bit_count() == 1 and m * p <= 65_536 and m * 4096 <= n)
+    assert 2 * m < 256 or 2 * m * p > 65_536 or 2 * m * 4096 > n  # and no higher would be allowed
 
 
 def test_a_batch_that_is_larger_than_the_data_is_refused():

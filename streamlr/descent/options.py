@@ -15,8 +15,8 @@ from streamlr.errors import UsageError
 MODES = ("gd", "minibatch", "sgd")
 SCALES = ("auto", "standard", "whiten", None)
 BATCH_ROWS = 256
-BATCH_NUMBERS = 2**15  # where columns are few, batches are higher, since a step costs calls besides what it computes,
-BATCHES = 4096  # as long as an epoch has so many
+BATCH_NUMBERS = 2**16  # where columns are few, batches are higher: a step costs calls besides what it computes, and single rows of a
+BATCHES = 4096  # large window come slowly. As long as an epoch has so many, it leads as far
 # what None stands for: in full-batch descent, and in the two stochastic modes
 DEFAULTS: dict[str, tuple[Any, Any]] = {
     "max_epochs": (10_000, 10),
@@ -53,7 +53,7 @@ class Descent:
         limit, since moments of the rows tell the gradient; else a pass for each step.
     batch_size : int or None
         m, for "minibatch"; None for 256, or all rows where there are fewer; where columns are few, for the power of two that makes
-        at most 32,768 numbers and leaves 4,096 steps an epoch.
+        at most 65,536 numbers and leaves 4,096 steps an epoch.
     learning_rate : "auto", float or Schedule
         alpha: a number, a schedule of `streamlr.descent.schedules`, or "auto", from the curvature of a sample, falling, and capped
         at each batch where it would overshoot.
