@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 STREAMED_BYTES = 2 * TILE_BYTES  # of a chunk that is decoded a tile at a time: at least two of them
 PART_BYTES = 2**20  # of rows that are wanted at once: fewer, and opening their file for them costs more than to hold its chunk
+PROMOTED_BYTES = 2**22  # of numbers of another dtype at once: they stay in a core's cache
 Position = tuple[int, ...]
 
 
@@ -82,10 +83,9 @@ class ZarrReader:
         for row_chunk in range(start // height, -(-stop // height)):
             first, last = max(start, row_chunk * height), min(stop, (row_chunk + 1) * height)
             target = out[first - start : last - start]
-            part = self._in_parts and (last - first < height or self._stream is None) and target.flags.c_contiguous
-            if part and row_chunk != self._held:
+            part = self._in_parts and row_chunk != self._held and target.flags.c_contiguous
+            if part and self._part_into(target, row_chunk, first):
                 self._held = -1  # nor is this one: what is expected goes by the last chunk that was read
-                self._part_into(target, row_chunk, first)
             elif not self._plain:
                 self._copy_into(target, row_chunk, first)
             elif row_chunk == self._held or not target.flags.c_contiguous or last - first < height:
@@ -192,26 +192,30 @@ class ZarrReader:
         for piece, (to, source) in zip(self._pieces, self._copies, strict=True):
             target[:, to] = piece[within : within + len(target), source]
 
-    def _part_into(self, target: NDArray[Any], row_chunk: int, first: int) -> None:
-        """Fill `target` with rows of a chunk that is read in parts, from `first` on."""
+    def _part_into(self, target: NDArray[Any], row_chunk: int, first: int) -> bool:
+        """Fill `target` with rows of a chunk that is read in parts, from `first` on, and return whether that can be."""
         position, within = (row_chunk, *self._positions[0]), first - row_chunk * self._height
         assert isinstance(self._codec, ChunkCodec)
-        part, dtype = target, self._codec.dtype
-        if target.dtype != dtype:
-            with self._memory_for(position, nbytes := target.size * dtype.itemsize):
-                part = self._part.take(nbytes).view(dtype).reshape(target.shape)
-        start, into = within * self._row_bytes, part.reshape(-1).view(np.uint8)
-        stream, last = self._stream, first + len(target) == self.rows.n_rows
-        if self._stored.fill(position, start, into) if stream is None else stream.fill(position, start, into, last=last):
-            if part is not target:
-                target[...] = part
-        elif stream is None:
-            with self._counting(row_chunk, first):
-                target[...] = self.chunk(position)[within : within + len(target)]
-        elif self._plain:
-            target[...] = self._joined(first, first + len(target), self._height)
-        else:
-            self._copy_into(target, row_chunk, first)
+        dtype, count = self._codec.dtype, max(len(target), 1)
+        if target.dtype != dtype:  # a few rows at a time, which stay in a core's cache
+            count = min(max(PROMOTED_BYTES // self._row_bytes, 1), count)
+            with self._memory_for(position, nbytes := count * self._row_bytes):
+                room = self._part.take(nbytes).view(dtype).reshape(count, -1)
+        for start in range(0, len(target), count):
+            part = target[start : start + count]
+            stored = part if target.dtype == dtype else room[: len(part)]
+            into, at = stored.reshape(-1).view(np.uint8), (within + start) * self._row_bytes
+            if self._stream is not None:
+                if not self._stream.fill(position, at, into, last=first + start + len(part) == self.rows.n_rows):
+                    return False
+            elif not self._stored.fill(position, at, into):
+                self._held = -1  # whose memory is used
+                with self._counting(row_chunk, first):
+                    target[...] = self.chunk(position)[within : within + len(target)]
+                return True
+            if stored is not part:
+                part[...] = stored
+        return True
 
     @contextmanager
     def _counting(self, row_chunk: int, first: int) -> Iterator[None]:

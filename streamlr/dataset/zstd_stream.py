@@ -15,7 +15,7 @@ from streamlr.dataset.codecs import check_memory
 from streamlr.dataset.stored_chunks import PAUSES, Position
 from streamlr.errors import ChunkCorrupt
 
-READ_BYTES = 2**18  # of a file at once: they are decoded while a core's cache holds them
+READ_BYTES = 2**22  # of a file at once: fewer, and threads wait for each other at every call
 SKIPPED_BYTES = 2**20  # decoded at once where nobody wants them
 HEADER_BYTES = 18  # of a frame, at most
 WINDOW_BYTES = 2**23  # of a frame, at most: its decoder keeps as many

@@ -15,8 +15,8 @@ from streamlr.errors import UsageError
 MODES = ("gd", "minibatch", "sgd")
 SCALES = ("auto", "standard", "whiten", None)
 BATCH_ROWS = 256
-BATCH_NUMBERS = 2**16  # where columns are few, batches are higher: a step costs calls besides what it computes, and single rows of a
-BATCHES = 4096  # large window come slowly. As long as an epoch has so many, it leads as far
+BATCH_NUMBERS = 2**16  # where columns are few, batches are higher: a step costs calls besides what it computes,
+BATCHES = 4096  # and as long as an epoch has so many, it leads as far
 # what None stands for: in full-batch descent, and in the two stochastic modes
 DEFAULTS: dict[str, tuple[Any, Any]] = {
     "max_epochs": (10_000, 10),

@@ -380,6 +380,7 @@ class TestLargeFilesOfZstd(TestLargeFiles):
     @pytest.fixture(autouse=True)
     def _streamed(self, monkeypatch):
         monkeypatch.setattr(zarr_reader, "STREAMED_BYTES", 2**21)
+        monkeypatch.setattr(zstd_stream, "READ_BYTES", 2**18)  # so that a chunk takes several
 
     def test_the_rows_of_a_tile_are_read_and_no_others(self, store, large, monkeypatch):
         decoded, filled, fill = [], [], ZstdStream.fill
@@ -396,6 +397,7 @@ class TestLargeFilesOfZstd(TestLargeFiles):
     @pytest.mark.parametrize("compressors", [None, (ZstdCodec(),)], ids=["none", "zstd"])
     @pytest.mark.parametrize("dtype", ["float32", ">f4", "int16"])
     def test_shorter_numbers(self, tmp_path, monkeypatch, dtype, compressors):
+        monkeypatch.setattr(zarr_reader, "PROMOTED_BYTES", 2**20 + 13)
         rows = np.random.default_rng(0).integers(-99, 99, size=(300_000, 12)).astype(dtype)
         y = rows @ np.arange(12.0) + np.random.default_rng(1).normal(size=len(rows))
         x = zarr.create_array(str(tmp_path / "x.zarr"), data=rows, chunks=(140_000, 12), compressors=compressors)
@@ -406,6 +408,15 @@ class TestLargeFilesOfZstd(TestLargeFiles):
         assert model.coef.tobytes() == streamlr.fit(expected).coef.tobytes()
         assert streamlr.evaluate(model, dataset).mse == streamlr.evaluate(model, expected).mse
         assert not decoded or compressors is None  # few rows at the end of a chunk are not worth opening its file
+        epoch = streamlr.Descent("minibatch", max_epochs=1)
+        decoded.clear()
+        streamed = streamlr.fit(dataset, epoch)
+        assert not decoded or compressors is None
+        for name in ("STREAMED_BYTES", "PART_BYTES"):
+            monkeypatch.setattr(zarr_reader, name, 2**40)
+        whole = streamlr.fit(dataset, epoch)
+        assert len(decoded) > 5
+        assert whole.coef.tobytes() == streamed.coef.tobytes()
 
     def test_few_bytes_are_not_worth_opening_a_file(self, tmp_path, monkeypatch):
         """But they are decoded where decoding has come to, from a file that stays open."""
@@ -417,23 +428,25 @@ class TestLargeFilesOfZstd(TestLargeFiles):
         streamlr.fit(dataset)
         assert len(opened) == streamlr.plan(dataset).n_spans < 5
 
+    @pytest.mark.parametrize("solver", ["normal", "minibatch"])
     @pytest.mark.parametrize("number", [1, 2], ids=["whole", "at the end of the array"])
     @pytest.mark.parametrize("cut", [None, 1, 2**20, -1, -4, -5], ids=str)
-    def test_chunk_of_another_size(self, store, cut, number):
+    def test_chunk_of_another_size(self, store, cut, number, solver):
         file = store / f"X/c/{number}/0"
         file.write_bytes(file.read_bytes() + bytes(8) if cut is None else file.read_bytes()[:cut])
         with fails(ChunkCorrupt, "array 'X'", f"rows {number * self.height:,} to"):
-            streamlr.fit(streamlr.open_dataset(store))
+            streamlr.fit(streamlr.open_dataset(store), solver)
 
+    @pytest.mark.parametrize("solver", ["normal", "minibatch"])
     @pytest.mark.parametrize("number", [1, 2], ids=["whole", "at the end of the array"])
     @pytest.mark.parametrize("place", [5, 2**21, -9, -2])
-    def test_damaged_bytes(self, store, place, number):
+    def test_damaged_bytes(self, store, place, number, solver):
         file = store / f"X/c/{number}/0"
         damaged = bytearray(file.read_bytes())
         damaged[place] ^= 64
         file.write_bytes(damaged)
         with fails(ChunkCorrupt, "array 'X'", f"rows {number * self.height:,} to"):
-            streamlr.fit(streamlr.open_dataset(store))
+            streamlr.fit(streamlr.open_dataset(store), solver)
 
     @pytest.mark.parametrize("times", [1, 2])
     def test_a_reading_that_fails_for_a_moment_is_repeated(self, store, large, monkeypatch, times):
