@@ -159,7 +159,7 @@ def fit(
     tls_key: Secret = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
-    batch_size: Annotated[int | None, typer.Option(help="Rows of a batch: 256, or more if there are many.", **DESCENT)] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows of a batch: 256, or more of few columns.", **DESCENT)] = None,
     learning_rate: Annotated[
         str | None,
         typer.Option(

@@ -26,9 +26,9 @@ from streamlr.errors import ChunkMissing
 if TYPE_CHECKING:
     from streamlr.dataset.zarr_rows import ZarrRows
 
-STREAMED_BYTES = 2 * TILE_BYTES  # of a chunk that is decoded a tile at a time: at least two of them
+STREAMED_BYTES = 2 * TILE_BYTES  # of a chunk that is decoded while its file is read: at least two tiles
 PART_BYTES = 2**20  # of rows that are wanted at once: fewer, and opening their file for them costs more than to hold its chunk
-PROMOTED_BYTES = 2**22  # of numbers of another dtype at once: they stay in a core's cache
+PROMOTED_BYTES = 2**22  # of numbers of another dtype, which are promoted before the next are read
 Position = tuple[int, ...]
 
 
@@ -197,7 +197,7 @@ class ZarrReader:
         position, within = (row_chunk, *self._positions[0]), first - row_chunk * self._height
         assert isinstance(self._codec, ChunkCodec)
         dtype, count = self._codec.dtype, max(len(target), 1)
-        if target.dtype != dtype:  # a few rows at a time, which stay in a core's cache
+        if target.dtype != dtype:
             count = min(max(PROMOTED_BYTES // self._row_bytes, 1), count)
             with self._memory_for(position, nbytes := count * self._row_bytes):
                 room = self._part.take(nbytes).view(dtype).reshape(count, -1)

@@ -1,4 +1,4 @@
-"""Large chunks of zstd, decoded a tile at a time while their files are read: neither their bytes nor their numbers go to memory."""
+"""Large chunks of zstd, decoded while their files are read: their bytes are in no memory for all of them, nor need their numbers be."""
 
 from __future__ import annotations
 

@@ -373,7 +373,7 @@ class TestLargeFiles:
 
 
 class TestLargeFilesOfZstd(TestLargeFiles):
-    """They are decoded while they are read, a tile at a time; what is wrong is named as by who reads whole chunks."""
+    """They are decoded while they are read; what is wrong is named as by who reads whole chunks."""
 
     compressors = (ZstdCodec(level=1, checksum=True),)
 
