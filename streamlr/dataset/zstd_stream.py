@@ -1,4 +1,4 @@
-"""Large chunks of zstd, decoded while their files are read: their bytes are in no memory for all of them, nor need their numbers be."""
+"""Large chunks of zstd, decoded while their files are read: no memory holds all of their bytes, nor need it hold their numbers."""
 
 from __future__ import annotations
 

@@ -428,19 +428,21 @@ class TestLargeFilesOfZstd(TestLargeFiles):
         streamlr.fit(dataset)
         assert len(opened) == streamlr.plan(dataset).n_spans < 5
 
-    @pytest.mark.parametrize("solver", ["normal", "minibatch"])
+    @pytest.mark.parametrize(("solver", "at_once"), [("normal", 2**18), ("minibatch", 2**18), ("minibatch", 2**22)])
     @pytest.mark.parametrize("number", [1, 2], ids=["whole", "at the end of the array"])
     @pytest.mark.parametrize("cut", [None, 1, 2**20, -1, -4, -5], ids=str)
-    def test_chunk_of_another_size(self, store, cut, number, solver):
+    def test_chunk_of_another_size(self, store, cut, number, solver, at_once, monkeypatch):
+        monkeypatch.setattr(zstd_stream, "READ_BYTES", at_once)
         file = store / f"X/c/{number}/0"
         file.write_bytes(file.read_bytes() + bytes(8) if cut is None else file.read_bytes()[:cut])
         with fails(ChunkCorrupt, "array 'X'", f"rows {number * self.height:,} to"):
             streamlr.fit(streamlr.open_dataset(store), solver)
 
-    @pytest.mark.parametrize("solver", ["normal", "minibatch"])
+    @pytest.mark.parametrize(("solver", "at_once"), [("normal", 2**18), ("minibatch", 2**18), ("minibatch", 2**22)])
     @pytest.mark.parametrize("number", [1, 2], ids=["whole", "at the end of the array"])
     @pytest.mark.parametrize("place", [5, 2**21, -9, -2])
-    def test_damaged_bytes(self, store, place, number, solver):
+    def test_damaged_bytes(self, store, place, number, solver, at_once, monkeypatch):
+        monkeypatch.setattr(zstd_stream, "READ_BYTES", at_once)
         file = store / f"X/c/{number}/0"
         damaged = bytearray(file.read_bytes())
         damaged[place] ^= 64
