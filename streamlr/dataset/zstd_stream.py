@@ -1,4 +1,4 @@
-"""Large chunks of zstd, decoded while their files are read: no memory holds all of their bytes, nor need it hold their numbers."""
+"""Large chunks of zstd, decoded while their files are read: some MiB of stored bytes at a time, into a tile or a whole chunk."""
 
 from __future__ import annotations
 
