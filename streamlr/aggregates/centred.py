@@ -23,6 +23,7 @@ FEW = 3  # rows at most that are multiplied with a matrix one by one: for them t
 FEW_COLUMNS = 14  # features, or targets, that are multiplied column by column: of more, symmetric products of rows are faster
 FEWEST_COLUMNS = 6  # in all, that are multiplied one by one: the sums keep the most digits, and of more they take longer
 COLUMNS_BYTES = 2**20  # of columns at once, about half of a core's cache: the other half has the rows they are made of
+FEW_RESULTS = 500  # of a product: while NumPy makes so few by `matmul`, it keeps other threads out of the interpreter
 FOLD = 64  # short rows that are centred as one
 STRIP = 64  # rows of a product that are corrected at once
 
@@ -30,39 +31,29 @@ Array = NDArray[np.float64]
 
 
 class Products(NamedTuple):
-    """Products of q centred columns with each other, in two parts where columns are many: p features, and the targets beside them.
+    """Products of q centred columns.
 
     Attributes
     ----------
-    square : (p, p) float64
-        Of the features; of all columns where those are few, so that p = q.
-    beside : (q - p, q) float64
-        Of the targets, with all.
+    scatter : (q, q) float64
+        With each other, symmetric to the last bit; in memory of its own.
     sums : (q,) float64
-        Of all, with ones.
+        With ones.
     """
 
-    square: Array
-    beside: Array
+    scatter: Array
     sums: Array
 
     @property
     def squares(self) -> Array:
-        """Sums of squares (q,)."""
-        return np.concatenate([np.diagonal(self.square), np.diagonal(self.beside[:, len(self.square) :])])
+        """Sums of squares (q,), where they are kept."""
+        return self.scatter.reshape(-1)[:: len(self.sums) + 1]
 
-    def less(self, away: Array) -> Array:
-        """Return the products (q, q) of all columns, less those of `away` (q,) with itself."""
-        p, q = len(self.square), len(away)
-        scatter = np.empty((q, q))
-        for first in range(0, p, STRIP):  # while they are in the cache: of many columns these are many numbers
-            rows = slice(first, min(first + STRIP, p))
-            correction = np.multiply(away[rows, None], away[:p], out=scatter[rows, :p])
-            np.subtract(self.square[rows], correction, out=correction)
-        if p < q:
-            scatter[p:] = self.beside - away[p:, None] * away
-            scatter[:p, p:] = scatter[p:, :p].T
-        return scatter
+    def reduce(self, away: Array) -> None:
+        """Take the products of `away` (q,) with itself off the scatter."""
+        for first in range(0, len(away), STRIP):  # while they are in the cache: of many columns these are many numbers
+            rows = slice(first, first + STRIP)
+            self.scatter[rows] -= away[rows, None] * away
 
 
 def centred_product(block: Block, total: float, precision: str) -> tuple[Array, Array, Array]:
@@ -86,10 +77,9 @@ def centred_product(block: Block, total: float, precision: str) -> tuple[Array, 
         centre = centre + offset
         del products  # its memory is planned for once
         products, offset = around(centre)
-    scatter = products.less(offset * np.sqrt(total))
-    squares = scatter.reshape(-1)[:: len(centre) + 1]
-    np.maximum(squares, 0.0, out=squares)  # of a constant, rounding may leave less than nothing
-    return *exact_sum(centre, offset), scatter
+    products.reduce(offset * np.sqrt(total))
+    np.maximum(products.squares, 0.0, out=products.squares)  # of a constant, rounding may leave less than nothing
+    return *exact_sum(centre, offset), products.scatter
 
 
 def far_off(offset: Array, centre: Array, total: float, squares: Array, precision: str = "double") -> bool:
@@ -137,15 +127,14 @@ def _products_of_columns(block: Block, centre: Array) -> Products:
             products[j, : j + 1] += [other.dot(column) for other in others] if q <= FEWEST_COLUMNS else others.dot(column)
     for j in range(2, q + 1):
         products[1:j, j] = products[j, 1:j]
-    return Products(products[1:, 1:], np.empty((0, q)), products[1:, 0])
+    return Products(products[1:, 1:].copy(), products[1:, 0])
 
 
 def _products_of_rows(block: Block, centre: Array, precision: str) -> Products:
     """Return the products of the columns of rows that are centred, but at zero, and multiplied by the roots of their weights.
 
     Each `step` rows make one symmetric product, after each `near` of them were centred and multiplied with the targets while the
-    cache holds them; all rows at once where features are multiplied as they lie. Products are made by `dot`: of few results, `@`
-    would keep other threads out of the interpreter all the while.
+    cache holds them; all rows at once where features are multiplied as they lie.
     """
     (m, p), q, weights = block.x.shape, len(centre), block.weights
     heaviest = float(weights.max()) if weights is not None and precision == "single" else 1.0  # float32 has less range
@@ -158,7 +147,8 @@ def _products_of_rows(block: Block, centre: Array, precision: str) -> Products:
         near = min(tile_rows(q + 1, 0, PIECE_BYTES), step)
     room = block.workspace((0 if as_they_lie else step * p) + near * (q + 1 - p))
     rest, room = room[: near * (q + 1 - p)], room[near * (q + 1 - p) :]
-    square, beside = np.empty((0, 0)), np.zeros((q + 1 - p, q + 1))
+    scatter, beside = np.empty((q, q)), np.zeros((q + 1 - p, q + 1))
+    square = scatter[:p, :p]
     for first in range(0, m, step):
         rows = min(step, m - first)
         features = block.x[first : first + rows] if as_they_lie else room[: rows * p].reshape(rows, p)
@@ -174,12 +164,16 @@ def _products_of_rows(block: Block, centre: Array, precision: str) -> Products:
                 z *= root[here]
                 others *= root[here].T
             beside += _beside(z, others)
-        found = _square(features, precision)
-        square = np.add(square, found, out=square) if first else found
+        if first:
+            square += _square(features, precision, np.empty((p, p)))
+        else:
+            _square(features, precision, square)
     if heaviest != 1:
         square *= heaviest
         beside *= heaviest
-    return Products(square, beside[:-1, :-1], beside[-1, :-1])
+    scatter[p:] = beside[:-1, :-1]
+    scatter[:p, p:] = scatter[p:, :p].T
+    return Products(scatter, beside[-1, :-1])
 
 
 def _centre(x: Array, centre: Array, out: Array) -> None:
@@ -206,21 +200,24 @@ def _beside(features: Array, others: Array) -> Array:
     return products
 
 
-def _square(features: Array, precision: str) -> Array:
-    """Return the products with each other of all columns of `features`, (m, p).
+def _square(features: Array, precision: str, out: Array) -> Array:
+    """Write the products with each other of all columns of `features`, (m, p), into `out`, (p, p), and return that.
 
-    It is the symmetric product, `z.T.dot(z)` of one contiguous array: another spelling would give other bits. In single precision
+    It is the symmetric product, of one contiguous array with itself: another spelling would give other bits. In single precision
     it alone is made of float32 numbers, twice as fast; the sums of short products are float64 always.
     """
-    if precision == "double":
-        product: Array = features.T.dot(features)
-        return product
     p = features.shape[1]
-    short, product = max(SHORT_ROWS, 4 * p), np.zeros((p, p))
-    for first in range(0, len(features), short):
-        z = features[first : first + short].astype(np.float32)
-        product += z.T.dot(z)
-    return product
+    if precision == "single":
+        short = max(SHORT_ROWS, 4 * p)
+        out[...] = 0.0
+        for first in range(0, len(features), short):
+            z = features[first : first + short].astype(np.float32)
+            out += z.T.dot(z)
+    elif out.size > FEW_RESULTS:
+        np.matmul(features.T, features, out=out)  # where they belong: `dot` would not write into a part of a matrix
+    else:
+        out[...] = features.T.dot(features)
+    return out
 
 
 def exact_sum(a: Array, b: Array) -> tuple[Array, Array]:

@@ -97,9 +97,8 @@ class ZarrReader:
     def view(self, start: int, stop: int) -> NDArray[Any] | None:
         """Return rows as they were decoded, where that is all that is read of them and they lie in one piece."""
         rows = stop - start
-        if self._stream is not None and rows <= self._height:
-            return None
-        if self._stream is None and self._in_parts and 2 * rows <= self._height and rows * self._row_bytes >= PART_BYTES:
+        in_parts = self._in_parts and 2 * rows <= self._height and rows * self._row_bytes >= PART_BYTES
+        if self._stream is not None or in_parts:
             return None
         if self._plain:
             return self._joined(start, stop, min(stop - start + self._height, self._most))

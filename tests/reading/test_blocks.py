@@ -41,11 +41,13 @@ def assert_covers(found: list[Span], start: int, stop: int) -> None:
 
 
 @given(st.integers(1, 20_000))
-def test_a_tile_is_a_power_of_two_with_four_rows_a_column(n_columns):
+def test_a_tile_is_a_power_of_two_with_four_rows_a_column_and_eight_where_rows_are_few(n_columns):
     rows = tile_rows(n_columns)
     assert rows & (rows - 1) == 0
+    assert rows >= min(8 * n_columns, 8_192)
     assert rows >= 4 * n_columns
-    assert rows * n_columns * 8 <= max(TILE_BYTES, 8 * n_columns * 8 * n_columns)
+    assert rows * n_columns * 8 <= max(TILE_BYTES, 8 * n_columns * 16 * n_columns)
+    assert rows <= 8_192 or rows * n_columns * 8 <= max(TILE_BYTES, 8 * n_columns * 8 * n_columns)
 
 
 @given(st.integers(1, 20_000), st.integers(0, 10**10))
@@ -54,7 +56,7 @@ def test_a_tile_that_leaves_little_is_no_larger_than_a_cache(n_columns, left_byt
     assert rows & (rows - 1) == 0
     assert rows <= tile_rows(n_columns)
     assert rows == tile_rows(n_columns) or 8 * n_columns * rows >= 4 * left_bytes
-    assert rows * n_columns * 8 <= max(TILE_BYTES, 8 * left_bytes + 64 * n_columns)
+    assert rows * n_columns * 8 <= max(TILE_BYTES, 16 * left_bytes + 128 * n_columns)
 
 
 @given(st.integers(0, 10_000), st.integers(1, 10_000), st.integers(0, 12))

@@ -111,14 +111,14 @@ def test_chunks_of_many_columns(wide, chunks):
 def test_spans_of_whole_tiles():
     """Enough columns that open nodes would be large: spans are cut at powers of two of tiles."""
     p = 900
-    x, y = make_rows(9_500, p)  # tiles of 4,096 rows
+    x, y = make_rows(19_000, p)  # tiles of 8,192 rows
     expected = None
-    for chunks in ((9_500, p), (700, p), (1_900, 450)):
+    for chunks in ((19_000, p), (1_400, p), (3_800, 450)):
         dataset = streamlr.open_dataset(group_of(x, y, x_options={"chunks": chunks, "compressors": None}))
-        assert streamlr.plan(dataset).tile_rows == 4096
+        assert streamlr.plan(dataset).tile_rows == 8192
         cut = plan_pass(dataset, MomentsOf(dataset.feature_names, ("y",)), task="t", memory=None)[1]
         assert len(cut) > 1
-        assert all(span.stop % 4096 == 0 for span in cut[:-1])
+        assert all(span.stop % 8192 == 0 for span in cut[:-1])
         found = results(dataset, x)
         expected = expected or found
         assert found == expected
