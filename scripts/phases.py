@@ -31,11 +31,13 @@ PHASES = {
         "streamlr.dataset.stored_chunks:StoredChunks.get",
         "streamlr.dataset.stored_chunks:StoredChunks.fill",
         "streamlr.dataset.zstd_stream:_File.read",
+        "streamlr.dataset.blosc_blocks:BloscBlocks._read",
     ),
     "decode": (
         "streamlr.dataset.codecs:ChunkCodec.decode",
         "streamlr.dataset.codecs:ZarrCodec.decode",
         "streamlr.dataset.zstd_stream:ZstdStream.fill",
+        "streamlr.dataset.blosc_blocks:BloscBlocks.fill",
     ),
     "check and copy rows": ("streamlr.dataset.checked:DatasetReader.blocks",),
     "centre": ("streamlr.aggregates.moments:MomentsOf.of",),  # all of it but the product of the features

@@ -77,11 +77,6 @@ class ChunkCodec:
         """Whether a chunk is stored as its numbers and nothing else."""
         return self.compressor is None and not self.has_checksum
 
-    @property
-    def is_zstd(self) -> bool:
-        """Whether a chunk is stored as zstd and nothing else."""
-        return self.compressor is not None and self.compressor.codec_id == "zstd" and not self.has_checksum
-
     def decode(
         self, stored: Stored, out: NDArray[np.uint8], describe: Callable[[Position], str], position: Position
     ) -> NDArray[Any]:

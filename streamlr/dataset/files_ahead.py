@@ -108,7 +108,7 @@ def _read(file: int, request: Request, buffer: Buffer) -> tuple[memoryview, bool
         view = buffer.take(stop - start).data
         done = _in_memory(view, file, start)
         waited = done < len(view)
-        while done < len(view) and (count := _fill(view[done:], file, start + done)):
+        while done < len(view) and (count := read_at(view[done:], file, start + done)):
             done += count
         return view[:done], waited
     finally:
@@ -125,8 +125,8 @@ def _in_memory(view: memoryview, file: int, offset: int) -> int:
         return 0
 
 
-def _fill(view: memoryview, file: int, offset: int) -> int:
-    """Read from an offset on, as much as comes at once, and return the number of bytes."""
+def read_at(view: memoryview, file: int, offset: int) -> int:
+    """Read an open file from an offset on, as much as comes at once, and return the number of bytes."""
     if hasattr(os, "preadv"):  # not on Windows
         return os.preadv(file, [view], offset)
     os.lseek(file, offset, os.SEEK_SET)

@@ -12,22 +12,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from streamlr.dataset.blocks import TILE_BYTES, Span
+from streamlr.dataset.blocks import Span
 from streamlr.dataset.buffers import Buffer
 from streamlr.dataset.codecs import ChunkCodec, ZarrCodec, check_memory, chunk_codec
 from streamlr.dataset.consecutive import Consecutive
 from streamlr.dataset.integrity import local_root
+from streamlr.dataset.parts import Parts, parts_of
 from streamlr.dataset.remote import shown
 from streamlr.dataset.rows import in_c_order
 from streamlr.dataset.stored_chunks import StoredChunks
-from streamlr.dataset.zstd_stream import ZstdStream
 from streamlr.errors import ChunkMissing
 
 if TYPE_CHECKING:
     from streamlr.dataset.zarr_rows import ZarrRows
 
-STREAMED_BYTES = 2 * TILE_BYTES  # of a chunk that is decoded while its file is read: at least two tiles
-PART_BYTES = 2**20  # of rows that are wanted at once: fewer, and opening their file for them costs more than to hold its chunk
 PROMOTED_BYTES = 2**22  # of numbers of another dtype, which are promoted before the next are read
 Position = tuple[int, ...]
 
@@ -47,15 +45,10 @@ class ZarrReader:
         self._bare = isinstance(self._codec, ChunkCodec) and self._codec.is_bare
         self._copies = _column_copies(rows)
         self._whole = rows.column_chunks == (0,) and rows.column_positions == tuple(range(self._row_bytes // rows.dtype.itemsize))
-        in_rows = self._whole and isinstance(self._codec, ChunkCodec) and self._codec.order == "C"
         # plain chunks, which are all of some rows as they are computed with, are decoded where they are wanted
         self._plain = self._whole and isinstance(self._codec, ChunkCodec) and self._codec.is_plain
         # of large files of rows only such are read or decoded as are wanted: they stay in a core's cache
-        nbytes, self._stream = self._height * self._row_bytes, None
-        files = in_rows and self._stored.are_files
-        if files and nbytes >= STREAMED_BYTES and isinstance(self._codec, ChunkCodec) and self._codec.is_zstd:
-            self._stream = ZstdStream(self._stored.open, self._stored.describe, nbytes)
-        self._in_parts = (files and self._bare and nbytes >= 2 * PART_BYTES) or self._stream is not None
+        self._parts = parts_of(self._codec, self._stored) if self._whole else None
         self._part = Buffer()  # of numbers that are to be promoted
         self._read: defaultdict[int, Buffer] = defaultdict(Buffer)
         self._decoded: defaultdict[int, Buffer] = defaultdict(Buffer)
@@ -66,15 +59,15 @@ class ZarrReader:
 
     def expect(self, spans: Sequence[Span]) -> None:
         """Ask the store for the chunks of these spans, which are read next and in this order, and for no others any more."""
-        streamed = None if self._stream is None else self._stream.position
-        self._stored.expect(_coming(self.rows, self._held if streamed is None else streamed[0], spans))
+        opened = None if self._parts is None else self._parts.position
+        self._stored.expect(_coming(self.rows, self._held if opened is None else opened[0], spans))
 
     def forget(self) -> None:
         """Let go of the chunks that are held, and of what is known of shards."""
         self._held, self._pieces = -1, []
         self._stored.forget()
-        if self._stream is not None:
-            self._stream.leave()
+        if self._parts is not None:
+            self._parts.leave()
 
     def read_into(self, out: NDArray[Any], start: int) -> None:
         """Fill `out` (m, c) with the rows from `start` on."""
@@ -83,8 +76,8 @@ class ZarrReader:
         for row_chunk in range(start // height, -(-stop // height)):
             first, last = max(start, row_chunk * height), min(stop, (row_chunk + 1) * height)
             target = out[first - start : last - start]
-            part = self._in_parts and row_chunk != self._held and target.flags.c_contiguous
-            if part and self._part_into(target, row_chunk, first):
+            parts = self._parts if row_chunk != self._held and target.flags.c_contiguous else None
+            if parts is not None and self._parts_into(parts, target, row_chunk, first):
                 self._held = -1  # nor is this one: what is expected goes by the last chunk that was read
             elif not self._plain:
                 self._copy_into(target, row_chunk, first)
@@ -96,9 +89,7 @@ class ZarrReader:
 
     def view(self, start: int, stop: int) -> NDArray[Any] | None:
         """Return rows as they were decoded, where that is all that is read of them and they lie in one piece."""
-        rows = stop - start
-        in_parts = self._in_parts and 2 * rows <= self._height and rows * self._row_bytes >= PART_BYTES
-        if self._stream is not None or in_parts:
+        if self._parts is not None and self._parts.suits((stop - start) * self._row_bytes):
             return None
         if self._plain:
             return self._joined(start, stop, min(stop - start + self._height, self._most))
@@ -191,10 +182,10 @@ class ZarrReader:
         for piece, (to, source) in zip(self._pieces, self._copies, strict=True):
             target[:, to] = piece[within : within + len(target), source]
 
-    def _part_into(self, target: NDArray[Any], row_chunk: int, first: int) -> bool:
+    def _parts_into(self, parts: Parts, target: NDArray[Any], row_chunk: int, first: int) -> bool:
         """Fill `target` with rows of a chunk that is read in parts, from `first` on, and return whether that can be."""
         position, within = (row_chunk, *self._positions[0]), first - row_chunk * self._height
-        assert isinstance(self._codec, ChunkCodec)
+        assert isinstance(self._codec, ChunkCodec), "others have no parts"
         dtype, count = self._codec.dtype, max(len(target), 1)
         if target.dtype != dtype:
             count = min(max(PROMOTED_BYTES // self._row_bytes, 1), count)
@@ -204,14 +195,8 @@ class ZarrReader:
             part = target[start : start + count]
             stored = part if target.dtype == dtype else room[: len(part)]
             into, at = stored.reshape(-1).view(np.uint8), (within + start) * self._row_bytes
-            if self._stream is not None:
-                if not self._stream.fill(position, at, into, last=first + start + len(part) == self.rows.n_rows):
-                    return False
-            elif not self._stored.fill(position, at, into):
-                self._held = -1  # whose memory is used
-                with self._counting(row_chunk, first):
-                    target[...] = self.chunk(position)[within : within + len(target)]
-                return True
+            if not parts.fill(position, at, into, last=first + start + len(part) == self.rows.n_rows):
+                return False
             if stored is not part:
                 part[...] = stored
         return True

@@ -47,6 +47,10 @@ class ZstdStream:
         self._given = self._checked = False
         self.position: Position | None = None  # of the chunk that is being decoded
 
+    def suits(self, _nbytes: int) -> bool:
+        """Any part is worth reading: its file stays open, and is decoded from there on."""
+        return True
+
     def fill(self, position: Position, start: int, into: NDArray[np.uint8], *, last: bool) -> bool:
         """Fill `into` with the decoded bytes of a chunk from `start` on, and return whether it can be decoded here.
 

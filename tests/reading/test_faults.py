@@ -24,11 +24,12 @@ import numpy as np
 import pytest
 import zarr
 import zstandard
-from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec, ZstdCodec
+from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ShardingCodec, ZstdCodec
 from zarr.storage import MemoryStore, WrapperStore
 
 import streamlr
-from streamlr.dataset import files_ahead, stored_chunks, zarr_reader, zstd_stream
+from streamlr.dataset import blosc_blocks, files_ahead, parts, stored_chunks, zarr_reader, zstd_stream
+from streamlr.dataset.blosc_blocks import BloscBlocks
 from streamlr.dataset.buffers import Buffer
 from streamlr.dataset.codecs import ChunkCodec, check_memory
 from streamlr.dataset.files_ahead import Files
@@ -379,7 +380,7 @@ class TestLargeFilesOfZstd(TestLargeFiles):
 
     @pytest.fixture(autouse=True)
     def _streamed(self, monkeypatch):
-        monkeypatch.setattr(zarr_reader, "STREAMED_BYTES", 2**21)
+        monkeypatch.setattr(parts, "LARGE_BYTES", 2**21)
         monkeypatch.setattr(zstd_stream, "READ_BYTES", 2**18)  # so that a chunk takes several
 
     def test_the_rows_of_a_tile_are_read_and_no_others(self, store, large, monkeypatch):
@@ -394,7 +395,7 @@ class TestLargeFilesOfZstd(TestLargeFiles):
         assert max(filled) == 16 * self.tile
         assert sum(filled) == 16 * self.n
 
-    @pytest.mark.parametrize("compressors", [None, (ZstdCodec(),)], ids=["none", "zstd"])
+    @pytest.mark.parametrize("compressors", [None, (ZstdCodec(),), (BloscCodec(),)], ids=["none", "zstd", "blosc"])
     @pytest.mark.parametrize("dtype", ["float32", ">f4", "int16"])
     def test_shorter_numbers(self, tmp_path, monkeypatch, dtype, compressors):
         monkeypatch.setattr(zarr_reader, "PROMOTED_BYTES", 2**20 + 13)
@@ -412,8 +413,8 @@ class TestLargeFilesOfZstd(TestLargeFiles):
         decoded.clear()
         streamed = streamlr.fit(dataset, epoch)
         assert not decoded or compressors is None
-        for name in ("STREAMED_BYTES", "PART_BYTES"):
-            monkeypatch.setattr(zarr_reader, name, 2**40)
+        for name in ("LARGE_BYTES", "PART_BYTES"):
+            monkeypatch.setattr(parts, name, 2**40)
         whole = streamlr.fit(dataset, epoch)
         assert len(decoded) > 5
         assert whole.coef.tobytes() == streamed.coef.tobytes()
@@ -486,6 +487,88 @@ class TestLargeFilesOfZstd(TestLargeFiles):
             else:
                 parts = [zstandard.ZstdCompressor(write_content_size=False).compress(data)]
             file.write_bytes(b"".join(parts))
+        decoded, decode = [], ChunkCodec.decode
+        monkeypatch.setattr(ChunkCodec, "decode", lambda *about: decoded.append(about) or decode(*about))
+        x = zarr.open_group(store, mode="r")["X"]
+        with dask.config.set(scheduler="sync"):
+            model = streamlr.fit(streamlr.Dataset(x, large[1]))
+        assert model.coef.tobytes() == streamlr.fit(streamlr.Dataset(*large)).coef.tobytes()
+        assert len(decoded) == 3
+
+
+class TestLargeFilesOfBlosc(TestLargeFiles):
+    """They are decoded some blocks at a time; what is wrong is named by who reads whole chunks."""
+
+    compressors = (BloscCodec(cname="lz4", clevel=5, shuffle="shuffle"),)
+
+    @pytest.fixture(autouse=True)
+    def _in_parts(self, monkeypatch):
+        monkeypatch.setattr(parts, "LARGE_BYTES", 2**21)
+
+    def test_the_rows_of_a_tile_are_read_and_no_others(self, store, large, monkeypatch):
+        decoded, filled, fill = [], [], BloscBlocks.fill
+        monkeypatch.setattr(ChunkCodec, "decode", lambda *about: decoded.append(about))  # of y, which takes no part
+        monkeypatch.setattr(BloscBlocks, "fill", lambda *about, **kw: filled.append(about[-1].nbytes) or fill(*about, **kw))
+        x = zarr.open_group(store, mode="r")["X"]
+        with dask.config.set(scheduler="sync"):
+            model = streamlr.fit(streamlr.Dataset(x, large[1]))
+        assert model.coef.tobytes() == streamlr.fit(streamlr.Dataset(*large)).coef.tobytes()
+        assert not decoded
+        assert max(filled) == 16 * self.tile
+        assert sum(filled) == 16 * self.n
+
+    def test_few_bytes_are_not_worth_opening_a_file(self, tmp_path, monkeypatch):
+        """But they are decoded from a file that stays open."""
+        n = 300_000
+        x, opened, open_file = np.random.default_rng(0).normal(size=(n, 20)), [], Files.open
+        y = zarr.create_array(str(tmp_path / "y.zarr"), data=x @ np.ones(20), chunks=(n,), compressors=self.compressors)
+        monkeypatch.setattr(Files, "open", lambda *about: opened.append(about) or open_file(*about))
+        dataset = streamlr.Dataset(x, y)  # ten tiles
+        streamlr.fit(dataset)
+        assert len(opened) == streamlr.plan(dataset).n_spans < 5
+
+    @pytest.mark.parametrize("solver", ["normal", "minibatch"])
+    @pytest.mark.parametrize("number", [1, 2], ids=["whole", "at the end of the array"])
+    @pytest.mark.parametrize("cut", [None, 1, 15, 17, 2**20, -1], ids=str)
+    def test_chunk_of_another_size(self, store, cut, number, solver):
+        file = store / f"X/c/{number}/0"
+        file.write_bytes(file.read_bytes() + bytes(8) if cut is None else file.read_bytes()[:cut])
+        with fails(ChunkCorrupt, "array 'X'", f"rows {number * self.height:,} to"):
+            streamlr.fit(streamlr.open_dataset(store), solver)
+
+    @pytest.mark.parametrize("solver", ["normal", "minibatch"])
+    @pytest.mark.parametrize("number", [1, 2], ids=["whole", "at the end of the array"])
+    @pytest.mark.parametrize("where", ["size", "block size", "first block", "last block"])
+    def test_damaged_bytes(self, store, where, number, solver):
+        file = store / f"X/c/{number}/0"
+        damaged = bytearray(file.read_bytes())
+        count = -(-int.from_bytes(damaged[4:8], "little") // int.from_bytes(damaged[8:12], "little"))
+        table = np.frombuffer(damaged[16 : 16 + 4 * count], "<i4")
+        assert count > 4
+        place = {"size": 4, "block size": 8, "first block": int(table[0]), "last block": int(table[-1])}[where]
+        damaged[place : place + 4] = b"\xfe\xff\xff\x7f"
+        file.write_bytes(damaged)
+        with fails(ChunkCorrupt, "array 'X'", f"rows {number * self.height:,} to"):
+            streamlr.fit(streamlr.open_dataset(store), solver)
+
+    @pytest.mark.parametrize("times", [1, 2])
+    def test_a_reading_that_fails_for_a_moment_is_repeated(self, store, large, monkeypatch, times):
+        read, failing = files_ahead.read_at, iter([False] * 3 + [True] * times)
+
+        def fail(*about):
+            if next(failing, False):
+                raise OSError(errno.EIO, "as planned")
+            return read(*about)
+
+        monkeypatch.setattr(blosc_blocks, "read_at", fail)
+        assert streamlr.fit(streamlr.open_dataset(store)).coef.tobytes() == streamlr.fit(streamlr.Dataset(*large)).coef.tobytes()
+        assert not list(failing)
+
+    def test_numbers_as_they_are_are_read_once(self, store, large, monkeypatch):
+        for number in range(3):
+            file = store / f"X/c/{number}/0"
+            data = numcodecs.blosc.decompress(file.read_bytes())
+            file.write_bytes(numcodecs.Blosc(clevel=0).encode(data))
         decoded, decode = [], ChunkCodec.decode
         monkeypatch.setattr(ChunkCodec, "decode", lambda *about: decoded.append(about) or decode(*about))
         x = zarr.open_group(store, mode="r")["X"]

@@ -25,7 +25,7 @@ from zarr.storage import LocalStore, MemoryStore
 
 import streamlr
 from streamlr.aggregates.moments import MomentsOf
-from streamlr.dataset import zarr_reader
+from streamlr.dataset import parts
 from streamlr.dataset.blocks import Block, Span
 from streamlr.dataset.codecs import ChunkCodec
 from streamlr.dataset.tally import Tally
@@ -506,8 +506,8 @@ class TestTilesOfSeveralChunks:
     @given(data=st.data())
     def test_any_tiles_of_any_chunks(self, data):
         with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
-            for name in ("PART_BYTES", "STREAMED_BYTES"):
-                patch.setattr(zarr_reader, name, data.draw(st.sampled_from([0, getattr(zarr_reader, name)])))
+            for name in ("PART_BYTES", "LARGE_BYTES"):
+                patch.setattr(parts, name, data.draw(st.sampled_from([0, getattr(parts, name)])))
             self.read(data, data.draw(st.sampled_from([MemoryStore(), LocalStore(folder)])))
 
     def read(self, data: st.DataObject, store: Store) -> None:
