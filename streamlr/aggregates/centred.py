@@ -47,10 +47,11 @@ class Products(NamedTuple):
     @property
     def squares(self) -> Array:
         """Sums of squares (q,), where they are kept."""
-        return self.scatter.reshape(-1)[:: len(self.sums) + 1]
+        diagonal: Array = np.einsum("ii->i", self.scatter)
+        return diagonal
 
-    def reduce(self, away: Array) -> None:
-        """Take the products of `away` (q,) with itself off the scatter."""
+    def correct(self, away: Array) -> None:
+        """Take the products of `away` (q,) with itself off the scatter, since the centre was so far from the mean."""
         for first in range(0, len(away), STRIP):  # while they are in the cache: of many columns these are many numbers
             rows = slice(first, first + STRIP)
             self.scatter[rows] -= away[rows, None] * away
@@ -77,7 +78,7 @@ def centred_product(block: Block, total: float, precision: str) -> tuple[Array, 
         centre = centre + offset
         del products  # its memory is planned for once
         products, offset = around(centre)
-    products.reduce(offset * np.sqrt(total))
+    products.correct(offset * np.sqrt(total))
     np.maximum(products.squares, 0.0, out=products.squares)  # of a constant, rounding may leave less than nothing
     return *exact_sum(centre, offset), products.scatter
 

@@ -14,9 +14,9 @@ from streamlr.dataset.files_ahead import read_at
 from streamlr.dataset.stored_chunks import Position
 
 HEADER_BYTES = 16
-FLAGS = 2  # where they stand in the header
+FLAGS, ITEMSIZE = 2, 3  # where they stand in the header
 COPIED, UNSPLIT = 0x02, 0x10  # there are no blocks, but the numbers as they are; blocks are compressed in one piece
-BLOCK_BYTES = 2**21  # at most: where a part ends within a block, that is kept for the next one
+LEAST_BYTES, BLOCK_BYTES = 2**10, 2**21  # of a block, at most since the one in which a part ends is kept for the next part
 PIECE_BYTES = 2**23  # decoded at once
 
 
@@ -65,6 +65,7 @@ class BloscBlocks:
                 self._at_edge(number)
         except (OSError, ValueError, RuntimeError, MemoryError):
             self.leave()
+            self._stored, self._edge = Buffer(), Buffer()  # there is to be room for a whole chunk
             return False
         return True
 
@@ -83,8 +84,10 @@ class BloscBlocks:
         self._file = self._open_file(position)
         self._read(self._header, 0)
         nbytes, self._block, stored = (int(size) for size in self._header[4:].view("<u4"))
-        sound = nbytes == self._nbytes and stored == os.fstat(self._file).st_size and 0 < self._block <= BLOCK_BYTES
-        if not sound or self._header[FLAGS] & COPIED:
+        itemsize = max(int(self._header[ITEMSIZE]), 1)
+        sound = nbytes == self._nbytes and stored == os.fstat(self._file).st_size
+        # a size that is off by less than an item would show in the last block alone
+        if not sound or not LEAST_BYTES <= self._block <= BLOCK_BYTES or self._block % itemsize or self._header[FLAGS] & COPIED:
             raise ValueError("it is not blocks of its size")
         table = np.empty(-(-nbytes // self._block), dtype="<i4")
         self._read(table.view(np.uint8), HEADER_BYTES)
@@ -92,7 +95,7 @@ class BloscBlocks:
             raise ValueError("its blocks lie outside")
         order = np.argsort(table)  # several threads may have written them
         self._starts, self._ends = table.astype(np.int64), np.empty(len(table), dtype=np.int64)
-        self._ends[order] = [*self._starts[order[1:]], stored]
+        self._ends[order] = np.append(self._starts[order[1:]], stored)
         self.position = position
 
     def _decode(self, start: int, into: NDArray[np.uint8]) -> None:

@@ -1,4 +1,4 @@
-"""Parts of large chunks, which are read and decoded where they are wanted: no memory holds such a chunk as a whole."""
+"""Parts of large chunks, which are read and decoded where they are wanted: no memory is taken for the others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The stored bytes of an array's chunks, in files or any zarr store, sharded or not: read whole, but in parts of a bare file."""
+"""The stored bytes of an array's chunks, in files or any zarr store, sharded or not: read whole, but for parts of files."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class StoredChunks:
 
     @property
     def are_files(self) -> bool:
-        """Whether a chunk is a file and nothing else, of which a part can be had: see `fill`."""
+        """Whether a chunk is a file and nothing else, of which a part can be had."""
         return isinstance(self._direct, Files) and self._per_shard is None and self._checksums is None
 
     def open(self, position: Position) -> int:

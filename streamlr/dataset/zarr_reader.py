@@ -89,7 +89,8 @@ class ZarrReader:
 
     def view(self, start: int, stop: int) -> NDArray[Any] | None:
         """Return rows as they were decoded, where that is all that is read of them and they lie in one piece."""
-        if self._parts is not None and self._parts.suits((stop - start) * self._row_bytes):
+        parts = self._parts if start // self._height != self._held else None
+        if parts is not None and parts.suits((stop - start) * self._row_bytes):
             return None
         if self._plain:
             return self._joined(start, stop, min(stop - start + self._height, self._most))

@@ -162,6 +162,17 @@ def test_damaged_bytes_give_what_they_give_to_who_reads_whole_chunks(content, op
         assert found is None or found == whole(bytes(damaged))
 
 
+@pytest.mark.parametrize("more", [1, 2, 4, 7, 8, 64, -1, -8])
+@pytest.mark.parametrize("cname", ["lz4", "zstd"])
+def test_blocks_of_another_size_than_they_have_are_not_believed_in_any_part(cname, more):
+    damaged = bytearray(compress(CONTENTS[0], cname=cname))
+    damaged[8:12] = (int.from_bytes(damaged[8:12], "little") + more).to_bytes(4, "little")
+    with reading(bytes(damaged)) as parts:
+        assert pieces(parts, 0, [0, 5_000]) is None
+        assert pieces(parts, 0, [0, 200_000]) is None
+    assert whole(bytes(damaged)) is None
+
+
 @given(content=st.sampled_from(CONTENTS), cuts=CUTS, part=st.floats(0, 1), extra=st.binary(max_size=9))
 def test_a_file_of_another_size_is_left_to_who_reads_whole_chunks(content, cuts, part, extra):
     file = compress(content)

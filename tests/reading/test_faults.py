@@ -538,15 +538,18 @@ class TestLargeFilesOfBlosc(TestLargeFiles):
 
     @pytest.mark.parametrize("solver", ["normal", "minibatch"])
     @pytest.mark.parametrize("number", [1, 2], ids=["whole", "at the end of the array"])
-    @pytest.mark.parametrize("where", ["size", "block size", "first block", "last block"])
+    @pytest.mark.parametrize("where", ["size", "block size", "block size by one", "first block", "last block"])
     def test_damaged_bytes(self, store, where, number, solver):
         file = store / f"X/c/{number}/0"
         damaged = bytearray(file.read_bytes())
         count = -(-int.from_bytes(damaged[4:8], "little") // int.from_bytes(damaged[8:12], "little"))
         table = np.frombuffer(damaged[16 : 16 + 4 * count], "<i4")
         assert count > 4
-        place = {"size": 4, "block size": 8, "first block": int(table[0]), "last block": int(table[-1])}[where]
-        damaged[place : place + 4] = b"\xfe\xff\xff\x7f"
+        if where == "block size by one":
+            damaged[8] += 1
+        else:
+            place = {"size": 4, "block size": 8, "first block": int(table[0]), "last block": int(table[-1])}[where]
+            damaged[place : place + 4] = b"\xfe\xff\xff\x7f"
         file.write_bytes(damaged)
         with fails(ChunkCorrupt, "array 'X'", f"rows {number * self.height:,} to"):
             streamlr.fit(streamlr.open_dataset(store), solver)
