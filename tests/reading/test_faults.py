@@ -373,20 +373,19 @@ class TestLargeFiles:
         assert not list(failing)
 
 
-class TestLargeFilesOfZstd(TestLargeFiles):
-    """They are decoded while they are read; what is wrong is named as by who reads whole chunks."""
+class LargeFilesInParts(TestLargeFiles):
+    """Of compressed ones the rows of a tile are decoded at a time, too."""
 
-    compressors = (ZstdCodec(level=1, checksum=True),)
+    reader: Any
 
     @pytest.fixture(autouse=True)
-    def _streamed(self, monkeypatch):
+    def _in_parts(self, monkeypatch):
         monkeypatch.setattr(parts, "LARGE_BYTES", 2**21)
-        monkeypatch.setattr(zstd_stream, "READ_BYTES", 2**18)  # so that a chunk takes several
 
     def test_the_rows_of_a_tile_are_read_and_no_others(self, store, large, monkeypatch):
-        decoded, filled, fill = [], [], ZstdStream.fill
+        decoded, filled, fill = [], [], self.reader.fill
         monkeypatch.setattr(ChunkCodec, "decode", lambda *about: decoded.append(about))  # of y, which takes no part
-        monkeypatch.setattr(ZstdStream, "fill", lambda *about, **kw: filled.append(about[-1].nbytes) or fill(*about, **kw))
+        monkeypatch.setattr(self.reader, "fill", lambda *about, **kw: filled.append(about[-1].nbytes) or fill(*about, **kw))
         x = zarr.open_group(store, mode="r")["X"]
         with dask.config.set(scheduler="sync"):
             model = streamlr.fit(streamlr.Dataset(x, large[1]))
@@ -394,6 +393,26 @@ class TestLargeFilesOfZstd(TestLargeFiles):
         assert not decoded
         assert max(filled) == 16 * self.tile
         assert sum(filled) == 16 * self.n
+
+    def test_few_bytes_are_not_worth_opening_a_file(self, tmp_path, monkeypatch):
+        """But they are decoded from a file that stays open."""
+        n = 300_000
+        x, opened, open_file = np.random.default_rng(0).normal(size=(n, 20)), [], Files.open
+        y = zarr.create_array(str(tmp_path / "y.zarr"), data=x @ np.ones(20), chunks=(n,), compressors=self.compressors)
+        monkeypatch.setattr(Files, "open", lambda *about: opened.append(about) or open_file(*about))
+        dataset = streamlr.Dataset(x, y)  # ten tiles
+        streamlr.fit(dataset)
+        assert len(opened) == streamlr.plan(dataset).n_spans < 5
+
+
+class TestLargeFilesOfZstd(LargeFilesInParts):
+    """They are decoded while they are read; what is wrong is named as by who reads whole chunks."""
+
+    reader, compressors = ZstdStream, (ZstdCodec(level=1, checksum=True),)
+
+    @pytest.fixture(autouse=True)
+    def _in_pieces(self, monkeypatch):
+        monkeypatch.setattr(zstd_stream, "READ_BYTES", 2**18)  # so that a chunk takes several
 
     @pytest.mark.parametrize("compressors", [None, (ZstdCodec(),), (BloscCodec(),)], ids=["none", "zstd", "blosc"])
     @pytest.mark.parametrize("dtype", ["float32", ">f4", "int16"])
@@ -418,16 +437,6 @@ class TestLargeFilesOfZstd(TestLargeFiles):
         whole = streamlr.fit(dataset, epoch)
         assert len(decoded) > 5
         assert whole.coef.tobytes() == streamed.coef.tobytes()
-
-    def test_few_bytes_are_not_worth_opening_a_file(self, tmp_path, monkeypatch):
-        """But they are decoded where decoding has come to, from a file that stays open."""
-        n = 300_000
-        x, opened, open_file = np.random.default_rng(0).normal(size=(n, 20)), [], Files.open
-        y = zarr.create_array(str(tmp_path / "y.zarr"), data=x @ np.ones(20), chunks=(n,), compressors=self.compressors)
-        monkeypatch.setattr(Files, "open", lambda *about: opened.append(about) or open_file(*about))
-        dataset = streamlr.Dataset(x, y)  # ten tiles
-        streamlr.fit(dataset)
-        assert len(opened) == streamlr.plan(dataset).n_spans < 5
 
     @pytest.mark.parametrize(("solver", "at_once"), [("normal", 2**18), ("minibatch", 2**18), ("minibatch", 2**22)])
     @pytest.mark.parametrize("number", [1, 2], ids=["whole", "at the end of the array"])
@@ -496,36 +505,10 @@ class TestLargeFilesOfZstd(TestLargeFiles):
         assert len(decoded) == 3
 
 
-class TestLargeFilesOfBlosc(TestLargeFiles):
+class TestLargeFilesOfBlosc(LargeFilesInParts):
     """They are decoded some blocks at a time; what is wrong is named by who reads whole chunks."""
 
-    compressors = (BloscCodec(cname="lz4", clevel=5, shuffle="shuffle"),)
-
-    @pytest.fixture(autouse=True)
-    def _in_parts(self, monkeypatch):
-        monkeypatch.setattr(parts, "LARGE_BYTES", 2**21)
-
-    def test_the_rows_of_a_tile_are_read_and_no_others(self, store, large, monkeypatch):
-        decoded, filled, fill = [], [], BloscBlocks.fill
-        monkeypatch.setattr(ChunkCodec, "decode", lambda *about: decoded.append(about))  # of y, which takes no part
-        monkeypatch.setattr(BloscBlocks, "fill", lambda *about, **kw: filled.append(about[-1].nbytes) or fill(*about, **kw))
-        x = zarr.open_group(store, mode="r")["X"]
-        with dask.config.set(scheduler="sync"):
-            model = streamlr.fit(streamlr.Dataset(x, large[1]))
-        assert model.coef.tobytes() == streamlr.fit(streamlr.Dataset(*large)).coef.tobytes()
-        assert not decoded
-        assert max(filled) == 16 * self.tile
-        assert sum(filled) == 16 * self.n
-
-    def test_few_bytes_are_not_worth_opening_a_file(self, tmp_path, monkeypatch):
-        """But they are decoded from a file that stays open."""
-        n = 300_000
-        x, opened, open_file = np.random.default_rng(0).normal(size=(n, 20)), [], Files.open
-        y = zarr.create_array(str(tmp_path / "y.zarr"), data=x @ np.ones(20), chunks=(n,), compressors=self.compressors)
-        monkeypatch.setattr(Files, "open", lambda *about: opened.append(about) or open_file(*about))
-        dataset = streamlr.Dataset(x, y)  # ten tiles
-        streamlr.fit(dataset)
-        assert len(opened) == streamlr.plan(dataset).n_spans < 5
+    reader, compressors = BloscBlocks, (BloscCodec(cname="lz4", clevel=5, shuffle="shuffle"),)
 
     @pytest.mark.parametrize("solver", ["normal", "minibatch"])
     @pytest.mark.parametrize("number", [1, 2], ids=["whole", "at the end of the array"])
