@@ -42,7 +42,7 @@ PHASES = {
     "check and copy rows": ("streamlr.dataset.checked:DatasetReader.blocks",),
     "centre": ("streamlr.aggregates.moments:MomentsOf.of",),  # all of it but the product of the features
     # of few columns, centring too
-    "product": ("streamlr.aggregates.centred:_square", "streamlr.aggregates.centred:_products_of_columns"),
+    "product": ("streamlr.aggregates.centred:_write_square", "streamlr.aggregates.centred:_products_of_columns"),
     "merge": ("streamlr.aggregates.moments:Moments._merged",),
     "solve": ("streamlr.api:_solved",),
 }

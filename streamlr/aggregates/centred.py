@@ -165,10 +165,10 @@ def _products_of_rows(block: Block, centre: Array, precision: str) -> Products:
                 z *= root[here]
                 others *= root[here].T
             beside += _beside(z, others)
+        found = np.empty((p, p)) if first else square
+        _write_square(features, precision, found)
         if first:
-            square += _square(features, precision, np.empty((p, p)))
-        else:
-            _square(features, precision, square)
+            square += found
     if heaviest != 1:
         square *= heaviest
         beside *= heaviest
@@ -201,8 +201,8 @@ def _beside(features: Array, others: Array) -> Array:
     return products
 
 
-def _square(features: Array, precision: str, out: Array) -> Array:
-    """Write the products with each other of all columns of `features`, (m, p), into `out`, (p, p), and return that.
+def _write_square(features: Array, precision: str, out: Array) -> None:
+    """Write the products with each other of all columns of `features`, (m, p), into `out`, (p, p).
 
     It is the symmetric product, of one contiguous array with itself: another spelling would give other bits. In single precision
     it alone is made of float32 numbers, twice as fast; the sums of short products are float64 always.
@@ -218,7 +218,6 @@ def _square(features: Array, precision: str, out: Array) -> Array:
         np.matmul(features.T, features, out=out)  # where they belong: `dot` would not write into a part of a matrix
     else:
         out[...] = features.T.dot(features)
-    return out
 
 
 def exact_sum(a: Array, b: Array) -> tuple[Array, Array]:

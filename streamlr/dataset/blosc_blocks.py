@@ -15,8 +15,10 @@ from streamlr.dataset.stored_chunks import Position
 
 HEADER_BYTES = 16
 FLAGS, ITEMSIZE = 2, 3  # where they stand in the header
-COPIED, UNSPLIT = 0x02, 0x10  # there are no blocks, but the numbers as they are; blocks are compressed in one piece
-LEAST_BYTES, BLOCK_BYTES = 2**10, 2**21  # of a block, at most since the one in which a part ends is kept for the next part
+COPIED = 0x02  # a flag: there are no blocks, but the numbers as they are
+UNSPLIT = 0x10  # a flag: a block is compressed in one piece, and not byte by byte of its numbers
+LEAST_BYTES = 2**10  # of a block: the table of smaller ones would be long
+BLOCK_BYTES = 2**21  # of a block, at most: the one in which a part ends is kept for the next part
 PIECE_BYTES = 2**23  # decoded at once
 
 
@@ -61,8 +63,9 @@ class BloscBlocks:
             if position != self.position:
                 self._begin(position)
             self._decode(start, into)
-            for number in range(-(-(start + len(into)) // self._block), len(self._starts)) if last else ():
-                self._at_edge(number)
+            if last:
+                for number in range(-(-(start + len(into)) // self._block), len(self._starts)):
+                    self._at_edge(number)
         except (OSError, ValueError, RuntimeError, MemoryError):
             self.leave()
             self._stored, self._edge = Buffer(), Buffer()  # there is to be room for a whole chunk

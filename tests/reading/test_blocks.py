@@ -57,6 +57,7 @@ def test_a_tile_that_leaves_little_is_no_larger_than_a_cache(n_columns, left_byt
     assert rows <= tile_rows(n_columns)
     assert rows == tile_rows(n_columns) or 8 * n_columns * rows >= 4 * left_bytes
     assert rows * n_columns * 8 <= max(TILE_BYTES, 16 * left_bytes + 128 * n_columns)
+    assert rows <= 8_192 or rows * n_columns * 8 <= max(TILE_BYTES, 8 * left_bytes + 64 * n_columns)
 
 
 @given(st.integers(0, 10_000), st.integers(1, 10_000), st.integers(0, 12))

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
-from pathlib import Path
 
 import numcodecs
 import numpy as np
 import pytest
 import zarr
+from chunk_files import numbered_files
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from zarr.codecs import BloscCodec
@@ -69,22 +67,11 @@ def whole(file: bytes) -> bytes | None:
 @contextmanager
 def reading(*files: bytes, piece: int = 2**16) -> Iterator[BloscBlocks]:
     """Yield what reads parts of these files, and see afterwards that none is open any more."""
-    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, numbered_files(*files) as open_file:
         patch.setattr(blosc_blocks, "PIECE_BYTES", piece)
-        paths, opened = [Path(folder, str(number)) for number in range(len(files))], []
-        for path, data in zip(paths, files, strict=True):
-            path.write_bytes(data)
-
-        def open_file(number: int) -> int:
-            opened.append(os.open(paths[number], os.O_RDONLY))
-            return opened[-1]
-
         parts = BloscBlocks(open_file, BYTES)
         yield parts
         parts.leave()
-        for file in opened:
-            with pytest.raises(OSError, match="Bad file descriptor"):
-                os.fstat(file)
 
 
 def pieces(parts: BloscBlocks, chunk: int, cuts: list[int], last: bool = False) -> bytes | None:

@@ -404,6 +404,16 @@ class LargeFilesInParts(TestLargeFiles):
         streamlr.fit(dataset)
         assert len(opened) == streamlr.plan(dataset).n_spans < 5
 
+    def check_decoded_whole(self, store, large, monkeypatch):
+        """Fit, and see that each chunk was decoded as a whole, once."""
+        decoded, decode = [], ChunkCodec.decode
+        monkeypatch.setattr(ChunkCodec, "decode", lambda *about: decoded.append(about) or decode(*about))
+        x = zarr.open_group(store, mode="r")["X"]
+        with dask.config.set(scheduler="sync"):
+            model = streamlr.fit(streamlr.Dataset(x, large[1]))
+        assert model.coef.tobytes() == streamlr.fit(streamlr.Dataset(*large)).coef.tobytes()
+        assert len(decoded) == 3
+
 
 class TestLargeFilesOfZstd(LargeFilesInParts):
     """They are decoded while they are read; what is wrong is named as by who reads whole chunks."""
@@ -496,13 +506,7 @@ class TestLargeFilesOfZstd(LargeFilesInParts):
             else:
                 parts = [zstandard.ZstdCompressor(write_content_size=False).compress(data)]
             file.write_bytes(b"".join(parts))
-        decoded, decode = [], ChunkCodec.decode
-        monkeypatch.setattr(ChunkCodec, "decode", lambda *about: decoded.append(about) or decode(*about))
-        x = zarr.open_group(store, mode="r")["X"]
-        with dask.config.set(scheduler="sync"):
-            model = streamlr.fit(streamlr.Dataset(x, large[1]))
-        assert model.coef.tobytes() == streamlr.fit(streamlr.Dataset(*large)).coef.tobytes()
-        assert len(decoded) == 3
+        self.check_decoded_whole(store, large, monkeypatch)
 
 
 class TestLargeFilesOfBlosc(LargeFilesInParts):
@@ -555,13 +559,7 @@ class TestLargeFilesOfBlosc(LargeFilesInParts):
             file = store / f"X/c/{number}/0"
             data = numcodecs.blosc.decompress(file.read_bytes())
             file.write_bytes(numcodecs.Blosc(clevel=0).encode(data))
-        decoded, decode = [], ChunkCodec.decode
-        monkeypatch.setattr(ChunkCodec, "decode", lambda *about: decoded.append(about) or decode(*about))
-        x = zarr.open_group(store, mode="r")["X"]
-        with dask.config.set(scheduler="sync"):
-            model = streamlr.fit(streamlr.Dataset(x, large[1]))
-        assert model.coef.tobytes() == streamlr.fit(streamlr.Dataset(*large)).coef.tobytes()
-        assert len(decoded) == 3
+        self.check_decoded_whole(store, large, monkeypatch)
 
 
 class TestGzip(StoreContract):

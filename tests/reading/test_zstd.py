@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
 import zarr
 import zstandard
+from chunk_files import numbered_files
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from zarr.codecs import ZstdCodec
@@ -141,23 +140,12 @@ def test_what_is_no_frame_is_refused(noise):
 @contextmanager
 def streaming(*files: bytes) -> Iterator[ZstdStream]:
     """Yield a stream of these files, and see afterwards that none is open any more."""
-    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, numbered_files(*files) as open_file:
         patch.setattr(zstd_stream, "READ_BYTES", 5_000)
         patch.setattr(zstd_stream, "SKIPPED_BYTES", 70_000)
-        paths, opened = [Path(folder, str(number)) for number in range(len(files))], []
-        for path, data in zip(paths, files, strict=True):
-            path.write_bytes(data)
-
-        def open_file(number: int) -> int:
-            opened.append(os.open(paths[number], os.O_RDONLY))
-            return opened[-1]
-
         stream = ZstdStream(open_file, lambda number: f"chunk {number}", BYTES)
         yield stream
         stream.leave()
-        for file in opened:
-            with pytest.raises(OSError, match="Bad file descriptor"):
-                os.fstat(file)
 
 
 def pieces(stream: ZstdStream, chunk: int, cuts: list[int], last: bool = False) -> bytes | None:
