@@ -202,19 +202,20 @@ class Training:
             n_kept=max(round(share * rows.n_rows), 1),
         )
         if rows.weights is not None and self.ridge:  # lambda is measured in the mean weight, which a sample does not tell exactly
-            objective = walk.objective
-            coordinates = replace(objective.coordinates, mean_weight=self._mean_weight(rows) or 1.0)
-            walk = replace(walk, objective=replace(objective, coordinates=coordinates))
+            coordinates = replace(walk.objective.coordinates, mean_weight=self._mean_weight(rows) or 1.0)
+            walk = replace(walk, objective=replace(walk.objective, coordinates=coordinates))
         return replace(walk, origin=self.origin)
 
     def _mean_weight(self, rows: Dataset) -> float:
-        """Return the mean of all weights, in a pass over nothing else; also of rows that lack another value."""
+        """Return the mean weight of the rows that are kept: in a pass over weights alone, unless others tell which these are."""
         assert rows.weights is not None
+        if rows.missing == "drop":
+            zeros = np.zeros((rows.n_features, rows.n_targets))
+            spread = self._residuals(rows, zeros, zeros[0], task="weights").value.spread
+            return float(spread.weight_sum / spread.n)
         alone = Dataset.of_rows((rows.weights,), (), None, ("weight",), (), missing=rows.missing)
         alone.subsets = rows.subsets
-        moments = reduce(
-            alone, MomentsOf(("weight",), ()), task="weights", memory_limit=self.memory_limit, progress=self.progress
-        ).value
+        moments = self._moments(alone, task="weights")
         return float(np.ldexp(moments.mean[0], moments.units[0]))
 
     def _loop(self, rows: Dataset, held_out: Dataset | None, walk: Walk, kept: Checkpoint | None, plan: Plan) -> Loop:
@@ -259,9 +260,8 @@ class Training:
     def _draft_moments(self, rows: Dataset) -> Plan:
         """Return the plan of a full-batch descent by moments, whether it fits or not."""
         statistic = MomentsOf(rows.feature_names, rows.target_names)
-        needed = max(
-            2 * statistic.nbytes + solve_bytes(rows.n_features, rows.n_targets), self._sample_bytes(rows) + sampling_bytes(rows)
-        )
+        solving = 2 * statistic.nbytes + solve_bytes(rows.n_features, rows.n_targets)
+        needed = max(solving, self._sample_bytes(rows) + sampling_bytes(rows))
         return draft_pass(rows, statistic, task="gd", memory=self.memory_limit, solution_bytes=needed)[0]
 
     def _plan_slopes(self, rows: Dataset) -> Plan:
@@ -272,9 +272,9 @@ class Training:
         plan, _ = plan_pass(rows, statistic, task="gd", memory=self.memory_limit, solution_bytes=needed)
         return replace(plan, passes=self.options.max_epochs or 1)
 
-    def _moments(self, rows: Dataset) -> Moments:
+    def _moments(self, rows: Dataset, task: str = "moments") -> Moments:
         statistic = MomentsOf(rows.feature_names, rows.target_names)
-        return reduce(rows, statistic, task="moments", memory_limit=self.memory_limit, progress=self.progress).value
+        return reduce(rows, statistic, task=task, memory_limit=self.memory_limit, progress=self.progress).value
 
     def _slope_by_data(self, rows: Dataset, walk: Walk) -> Callable[[Array], Slope]:
         def slope(b: Array) -> Slope:
@@ -289,9 +289,9 @@ class Training:
             return None
         return lambda coef, intercept: self._residuals(held_out, coef, intercept).value.cost()
 
-    def _residuals(self, rows: Dataset, coef: Array, intercept: Array) -> Reduced[Any]:
+    def _residuals(self, rows: Dataset, coef: Array, intercept: Array, task: str = "cost") -> Reduced[Any]:
         statistic = ResidualsOf(coef, intercept)
-        return reduce(rows, statistic, task="cost", memory_limit=self.memory_limit, progress=self.progress)
+        return reduce(rows, statistic, task=task, memory_limit=self.memory_limit, progress=self.progress)
 
     def _record(self, rows: Dataset) -> Callable[[Record], None]:
         """Return what shows records: the first, and then as often as eyes can follow."""

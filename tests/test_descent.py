@@ -597,6 +597,20 @@ def test_a_penalty_is_measured_in_the_mean_weight_of_all_rows():
     np.testing.assert_allclose(model.coef, exact.coef, rtol=5e-2)
 
 
+@pytest.mark.parametrize("mode", ["minibatch", "sgd"])
+def test_a_penalty_is_not_measured_in_the_weight_of_rows_that_are_left_out(mode, tmp_path):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((100_000, 3))
+    y, lost = x @ [1.0, 2.0, 3.0] + rng.standard_normal(len(x)), rng.random(len(x)) < 0.1
+    x[lost, 0] = np.nan
+    group = zarr.open_group(tmp_path / "s.zarr", mode="w")
+    for name, array in {"X": x, "y": y, "w": np.where(lost, 1_000.0, 1.0)}.items():
+        group.create_array(name, data=array, chunks=(20_000, *array.shape[1:]))
+    dataset = streamlr.open_dataset(tmp_path / "s.zarr", weights="w", missing="drop")
+    model, exact = streamlr.fit(dataset, mode, ridge=1.0), streamlr.fit(dataset, ridge=1.0)
+    np.testing.assert_allclose(model.coef, exact.coef, rtol=5e-2)
+
+
 def test_targets_of_no_weight_do_not_show_in_what_the_steps_met():
     targets = np.random.default_rng(0).standard_normal((1_000, 1))
     weights = np.ones((1_000, 1))
