@@ -198,3 +198,12 @@ def test_held_out_rows_choose_the_coefficients(wide):
         assert streamlr.evaluate(model, train).mse == pytest.approx(model.cost.mse, rel=1e-12)
         assert costs.index(min(costs)) < len(costs) - 1  # with more columns than rows, too many steps learn the noise
         assert "validation" in model.stopped
+
+
+def test_the_start_may_be_the_best_by_held_out_rows():
+    """Rows of noise: whatever is learned from it is wrong elsewhere."""
+    rng = np.random.default_rng(0)
+    dataset = streamlr.Dataset(rng.standard_normal((60, 40)), rng.standard_normal(60))
+    model = streamlr.fit(dataset, Descent("gd", validation=0.3, max_epochs=50))
+    assert not model.coef.any()
+    assert model.validation.mse == model.history[0].validation.mse < model.history[1].validation.mse

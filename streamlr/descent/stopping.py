@@ -107,7 +107,7 @@ def chosen(history: Sequence[Record], hold: int) -> Record | None:
     """Return the record of the best coefficients behind step `hold`, by the rule of `Best`, else the last; None without one."""
     best, found = float("inf"), history[-1] if history else None
     for record in history:
-        if record.complete and record.steps > hold and record.watched <= (1 + CLOSE) * best:
+        if record.complete and (not hold or record.steps > hold) and record.watched <= (1 + CLOSE) * best:
             best, found = min(best, record.watched), record
     return found
 
