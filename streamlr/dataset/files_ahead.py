@@ -15,7 +15,7 @@ ADVISED = hasattr(os, "posix_fadvise")  # not on macOS and Windows
 READING = os.O_RDONLY | getattr(os, "O_BINARY", 0)  # Windows would change ends of lines
 NOWAIT = getattr(os, "RWF_NOWAIT", None)  # Linux alone
 LARGE = 2**20  # bytes of a file, beside which telling the kernel of the next one costs nothing
-AHEAD = 64  # small files that are opened ahead after one that the disk let wait for
+AHEAD = 64  # small files that are asked for ahead after one that the disk let wait for
 
 
 class Part(NamedTuple):
@@ -33,7 +33,8 @@ class Files:
     """Reads files below a folder, with a call of the system for each step and none besides.
 
     Each call lets go of the interpreter's lock, which the other readers of small chunks hold when it comes back. The next file is
-    therefore opened ahead only where it pays: after a large one, and for a while after one that the disk let wait for.
+    therefore asked for ahead only where it pays: after a large one, and for a while after one that the disk let wait for. It is not
+    kept open: with one for every array and task there may be more than a process is allowed.
 
     Parameters
     ----------
@@ -45,23 +46,20 @@ class Files:
         self._folder = folder
         self._coming: Iterator[str] = iter(())
         self._at = ""  # the last of them that was looked at
-        self._next: tuple[str, int] | None = None
-        self._ahead = 1  # files to open ahead from here: the first, until it is known where they come from
+        self._asked = ""  # the one that the kernel was told of and that was not read yet
+        self._ahead = 1  # files to ask for ahead from here: the first, until it is known where they come from
 
     def expect(self, keys: Iterable[str]) -> None:
         """Hear which files are read next, in this order; whatever was expected before is forgotten."""
-        opened, self._next = self._next, None
-        if opened is not None:
-            os.close(opened[1])
-        self._coming, self._at = iter(keys if ADVISED else ()), ""
+        self._coming, self._at, self._asked = iter(keys if ADVISED else ()), "", ""
         if self._ahead:
-            self._open_next("")
+            self._ask_ahead("")
 
     def open(self, key: str) -> int:
         """Open a large file, to be read and closed by who asks, and have the kernel fetch the next one."""
         file = self._opened(key)
-        if self._next is None:
-            self._open_next(key)
+        if not self._asked:
+            self._ask_ahead(key)
         return file
 
     def read(self, key: str, request: Request, buffer: Buffer) -> memoryview:
@@ -69,30 +67,29 @@ class Files:
         found, waited = _read(self._opened(key), request, buffer)
         size = request.size if isinstance(request, Part) else len(found)
         self._ahead = AHEAD if waited else max(self._ahead - 1, int(size >= LARGE))
-        if self._ahead and self._next is None:
-            self._open_next(key)
+        if self._ahead and not self._asked:
+            self._ask_ahead(key)
         return found
 
     def _opened(self, key: str) -> int:
-        if self._next is not None and self._next[0] == key:
-            file, self._next = self._next[1], None
-            return file
+        if self._asked == key:
+            self._asked = ""
         return os.open(self._folder + key, READING)
 
-    def _open_next(self, key: str) -> None:
-        """Open the file that comes after this one and have the kernel fetch it."""
+    def _ask_ahead(self, key: str) -> None:
+        """Have the kernel fetch the file that comes after this one."""
         while self._at != key:
             self._at = next(self._coming, key)
         for coming in self._coming:
             self._at = coming
-            try:
-                file = os.open(self._folder + coming, READING)  # `read` or `expect` closes it
-            except OSError:
-                continue  # raised when the file is wanted
-            self._next = coming, file
-            with suppress(OSError):
-                os.posix_fadvise(file, 0, 0, os.POSIX_FADV_WILLNEED)
-            return
+            with suppress(OSError):  # raised when the file is wanted
+                file = os.open(self._folder + coming, READING)
+                try:
+                    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_WILLNEED)
+                finally:
+                    os.close(file)
+                self._asked = coming
+                return
 
 
 def _read(file: int, request: Request, buffer: Buffer) -> tuple[memoryview, bool]:

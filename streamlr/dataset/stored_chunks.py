@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import math
 import time
 from collections.abc import Iterable
@@ -26,7 +27,7 @@ from streamlr.dataset.integrity import CHECKSUM_BYTES, chunk_keys, describe_chun
 from streamlr.dataset.read_ahead import Question, ReadAhead, chunks_ahead
 from streamlr.dataset.remote import shown
 from streamlr.dataset.synchronous import SynchronousStore, answers_at_once, plain_bytes
-from streamlr.errors import ChunkCorrupt, ChunkMissing, DataError, StoreUnreachable, StreamlrError
+from streamlr.errors import ChunkCorrupt, ChunkMissing, DataError, ResourceError, StoreUnreachable, StreamlrError
 
 PAUSES = (0.1, 0.5)  # seconds before a failed read is tried again: networks and network disks fail for a moment
 Position = tuple[int, ...]
@@ -125,8 +126,12 @@ class StoredChunks:
             The chunk, or its shard, is there but empty.
         ChunkCorrupt
             It cannot be read, is cut short inside its shard, or is another than the manifest says.
-        MemoryLimitExceeded
-            There was no memory to read it.
+        DataError
+            The index of its shard is not one that is read here.
+        MemoryLimitExceeded, ResourceError
+            There was no memory to read it, or too many files are open.
+        StoreUnreachable
+            Nor can anything else be read from its store.
         """
         index, chunk = ([], []) if self._direct is not None else self._ahead.answer(position)
         if self._per_shard is None:
@@ -201,6 +206,8 @@ class StoredChunks:
     def _unreadable(self, key: str, error: Exception) -> StreamlrError:
         """Tell a chunk that cannot be read from a store of which nothing can be read any more."""
         what = f"{key!r} of array {self.label!r} in {shown(self.array.store)} cannot be read: {shown(error)}"
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            return ResourceError(f"{what}; allow more of them (ulimit -n), or run fewer tasks at once (--threads)")
         if isinstance(error, ConnectionError | TimeoutError) and not self._store_answers():
             return StoreUnreachable(f"{what}; nor can its metadata: check network and server, and run it again")
         return ChunkCorrupt(f"{what}; check disk, network and permissions")

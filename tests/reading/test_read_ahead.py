@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import resource
 import time
 from collections import Counter
-from contextlib import closing
+from contextlib import closing, suppress
 from itertools import islice
 from pathlib import Path
 
@@ -25,8 +26,10 @@ from zarr.storage import LocalStore, MemoryStore, WrapperStore
 import streamlr
 from streamlr.dataset import files_ahead, read_ahead, stored_chunks
 from streamlr.dataset.blocks import Block, Span
+from streamlr.dataset.buffers import Buffer
 from streamlr.dataset.read_ahead import AHEAD_BYTES, ReadAhead, chunks_ahead
-from streamlr.errors import ChunkCorrupt, ChunkMissing, DataError
+from streamlr.dataset.stored_chunks import StoredChunks
+from streamlr.errors import ChunkCorrupt, ChunkMissing, DataError, ResourceError
 
 N, P, CHUNK = 9_000, 128, 300  # tiles of 4,096 rows
 REQUESTS = 8  # so that not all that there are is asked for at once
@@ -302,7 +305,7 @@ def test_what_is_held_is_planned_where_it_is_held(tmp_path, layout):
     for store in (LocalStore(tmp_path / "s.zarr"), WrapperStore(MemoryStore())):
         group = zarr.open_group(store, mode="w")
         group.create_array("X", shape=(N, P), dtype="f8", **LAYOUTS[layout])
-        sizes.append(streamlr.Dataset(group["X"]).reader_bytes)
+        sizes.append(streamlr.Dataset(group["X"]).reader_bytes(1))
     nbytes = 8 * CHUNK * LAYOUTS[layout]["chunks"][1]
     read_in_place = LAYOUTS[layout].get("compressors", ()) is None  # bare numbers
     assert sizes[1] - sizes[0] == (chunks_ahead(nbytes) + read_in_place) * nbytes
@@ -454,13 +457,16 @@ class TestFiles:
         monkeypatch.setattr(files_ahead, "_in_memory", nothing)
         assert found == read(streamlr.open_dataset(path), Span(0, N))[0]
 
-    def test_no_file_is_left_open(self, path, advised):
-        blocks = streamlr.open_dataset(path).blocks(Span(0, N), lambda tally: None)
-        next(blocks)
-        held = set(map(os.path.realpath, Path("/proc/self/fd").iterdir()))
-        assert any("/s.zarr/X/c/" in name for name in held)
-        blocks.close()
-        held = set(map(os.path.realpath, Path("/proc/self/fd").iterdir()))
+    def test_no_file_stays_open(self, tmp_path, advised):
+        """One for each of many arrays, and each task, would be more than a process may open."""
+        group, names = zarr.open_group(tmp_path / "s.zarr", mode="w"), [f"x{j}" for j in range(30)]
+        for name in ("y", *names):
+            group.create_array(name, data=np.arange(float(N)), chunks=(450,))
+        dataset = streamlr.open_dataset(tmp_path / "s.zarr", features=names)
+        held = set()
+        for _ in dataset.blocks(Span(0, N), lambda _: None, 1_000):
+            held |= set(map(os.path.realpath, Path("/proc/self/fd").iterdir()))
+        assert len(advised) == 31 * (N // 450)
         assert not any("/s.zarr/" in name for name in held)
 
     def test_a_file_that_is_gone_is_missed_in_its_turn(self, path, rows):
@@ -475,3 +481,21 @@ class TestFiles:
         assert read(streamlr.open_dataset(path, allow_missing_chunks=True), Span(0, N))[1] == ""
         there = [i for i in range(N // CHUNK) if i not in (3, 4, 20)]
         assert sorted(name for name in advised if "/X/" in name) == sorted(str(path / f"X/c/{i}/0") for i in there)
+
+
+def test_too_many_open_files_are_not_the_fault_of_the_chunk(tmp_path):
+    stored = StoredChunks(zarr.create_array(str(tmp_path / "a"), data=np.arange(100.0), chunks=(10,)), "a", None)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
+    taken = []
+    try:
+        with suppress(OSError):
+            while True:
+                taken.append(os.open(os.devnull, os.O_RDONLY))
+        with pytest.raises(ResourceError, match=r"'c/3' .*Too many open files.*ulimit -n"):
+            stored.get((3,), Buffer())
+    finally:
+        for file in taken:
+            os.close(file)
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert stored.get((3,), Buffer()) is not None
