@@ -11,7 +11,6 @@ from typing import Any
 
 from dask.base import compute as dask_compute
 from dask.delayed import Delayed, delayed
-from dask.threaded import get as threaded_get
 
 from streamlr.dataset.blocks import Block, Span
 from streamlr.dataset.checked import DatasetReader
@@ -26,7 +25,7 @@ from streamlr.passes.cluster import run_on, translated
 from streamlr.passes.memory import one_blas_thread
 from streamlr.passes.progress import Share, find_pass
 from streamlr.passes.runs import Runs
-from streamlr.passes.schedulers import active_client, has_pool, is_task, is_threaded
+from streamlr.passes.schedulers import active_client, is_task, is_threaded, limited
 from streamlr.passes.workers import Vetted, stores_of
 
 
@@ -175,10 +174,7 @@ def compute(root: Delayed, arrays: Sequence[Rows], key: str, tasks_at_once: int)
         if state := find_pass(key):
             state.finish()
         return result
-    options: dict[str, Any] = {"num_workers": tasks_at_once} if has_pool() else {}
-    if is_threaded():
-        options["scheduler"] = threaded_get
-    with one_blas_thread():
+    with limited(tasks_at_once) as options, one_blas_thread():
         return dask_compute(root, **options)[0]
 
 
