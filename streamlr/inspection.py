@@ -183,7 +183,7 @@ def verify(path: str | os.PathLike[str], *, memory_limit: int | str | None = Non
     memory_limit : int, str or None
         Bytes, or a text such as "2GB"; None for most of what this process may use.
     progress : callable, optional
-        Called with an `Event` at every chunk.
+        Called with an `Event` at every row of chunks.
 
     Raises
     ------

@@ -26,7 +26,7 @@ app = typer.Typer(
     add_completion=False,
     help="Linear regression on data larger than memory: exactly, in one pass over the rows, or by gradient descent.",
     epilog="Exit status: 0 done; 1 a bug of ours; 2 usage; 3 the data are wrong or incomplete; 4 the numbers failed; "
-    "5 memory or disk; 130 interrupted, 143 terminated.",
+    "5 memory, disk, cluster or network; 130 interrupted, 143 terminated.",
 )
 
 

@@ -161,11 +161,14 @@ class Dataset:
         """Bytes to decode for one row."""
         return sum(rows.row_bytes for rows in self.arrays)
 
-    @property
-    def reader_bytes(self) -> int:
-        """Most bytes that one task holds while it reads: decoded chunks, a tile, its chosen and kept rows, masks."""
-        tile = min(self.tile_rows, self.stored_rows) * (self.n_features + self.n_targets + 2) * 8
+    def reader_bytes(self, tile_rows: int) -> int:
+        """Return the most bytes of a task that reads such tiles: decoded chunks, a tile, its chosen and kept rows, masks."""
+        tile = self.tile_bytes(tile_rows)
         return sum(rows.reader_bytes for rows in self.arrays) + (2 + bool(self.subsets)) * tile + tile // 2
+
+    def tile_bytes(self, tile_rows: int) -> int:
+        """Return the bytes of a tile as it is computed with: of no more rows than there are, in float64."""
+        return min(tile_rows, self.stored_rows) * (self.n_features + self.n_targets + 2) * 8
 
     @cached_property
     def fingerprint(self) -> str:

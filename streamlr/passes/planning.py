@@ -100,8 +100,8 @@ def _drafted(
         waiting += fan_in - 1
     run = RUN if whole_tiles and not lazy and is_threaded() else 1
     held = min(run, len(cut)).bit_length() - 1  # nodes of a run that wait for its last span
-    centred = min(dataset.tile_rows, dataset.stored_rows) * (width + 2) * 8
-    task_bytes = dataset.reader_bytes + centred + left + (held + 2) * statistic.nbytes
+    centred = dataset.tile_bytes(tile)
+    task_bytes = dataset.reader_bytes(tile) + centred + left + (held + 2) * statistic.nbytes
     waiting_bytes = min(waiting, len(cut)) * left
     plan = draft_plan(
         dataset,

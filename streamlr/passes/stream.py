@@ -73,7 +73,8 @@ def plan_stream(
     places, height = order.window_units(dataset), most_rows(units)
     window, unit = (Window.nbytes(dataset, count, height, order.run) for count in (places, 1))
     together = 1 if streams > 1 else min(order.windows(0), -(-len(units) // places))
-    reading, stretch = dataset.reader_bytes, 2 * order.stretch_rows(dataset) * (dataset.n_columns + 1) * 8  # and what becomes of it
+    reading = dataset.reader_bytes(min(dataset.tile_rows, height))
+    stretch = 2 * order.stretch_rows(dataset) * (dataset.n_columns + 1) * 8  # and what becomes of it
     shuffled = 4 * 8 * (places * height // order.run) * order.shuffle  # integers for the order of its runs
     try:
         if streams > 1:
@@ -113,7 +114,8 @@ def plan_stream(
 
 def sampling_bytes(dataset: Dataset) -> int:
     """Return what reading a sample takes in one thread: a unit is used while another is read."""
-    return dataset.reader_bytes + 2 * Window.nbytes(dataset, 1, most_rows(unit_spans(dataset)), 1)
+    height = most_rows(unit_spans(dataset))
+    return dataset.reader_bytes(min(dataset.tile_rows, height)) + 2 * Window.nbytes(dataset, 1, height, 1)
 
 
 class RowStream:

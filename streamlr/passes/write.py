@@ -121,7 +121,7 @@ def write_span(source: Source, key: str, function: Function, array: zarr.Array[A
     buffer = np.empty((min(chunk, span.stop - span.start), *array.shape[1:]))
     flat, root = buffer.reshape(len(buffer), -1), local_root(array)
     with share_of_pass(key) as share, one_blas_thread():  # given back before the pass hears that the task is done
-        for block in source.blocks(span, share, tile_rows(max(source.dataset.n_features, flat.shape[1]), 0), lazy):
+        for block in source.blocks(span, share, _tile_rows(source.dataset, flat.shape[1]), lazy):
             values = function(block)
             done = 0
             while done < len(values):
@@ -139,12 +139,17 @@ def write_span(source: Source, key: str, function: Function, array: zarr.Array[A
 
 def _plan(dataset: Dataset, name: str, chunk: int, n_columns: int, memory: int | str | None) -> tuple[Plan, list[Span]]:
     """Plan spans that start where chunks of the output start; a Dask array is cut at every one, to hold one block in memory."""
-    n = dataset.stored_rows
+    n, tile = dataset.stored_rows, _tile_rows(dataset, n_columns)
     if dataset.lazy:
         cut = [Span(start, min(start + chunk, n)) for start in range(0, n, chunk)]
     else:
-        tile, waiting = dataset.tile_rows, is_waited_for(dataset)
-        workers = tasks_together()
+        workers, waiting = tasks_together(), is_waited_for(dataset)
         cut = spans(n, dataset.row_bytes, tile=tile, chunks=[chunk], workers=workers, whole_tiles=False, waiting=waiting)
-    task_bytes = dataset.reader_bytes + 3 * chunk * n_columns * 8  # the buffer, zarr's copy of it, and its compressed bytes
-    return make_plan(dataset, cut, task=name, merges=0, task_bytes=task_bytes, result_bytes=0, memory=memory), cut
+    written = 3 * chunk + min(tile, n)  # rows: the buffer, zarr's copy of it, its compressed bytes, and what a tile becomes
+    task_bytes = dataset.reader_bytes(tile) + written * n_columns * 8
+    return make_plan(dataset, cut, task=name, merges=0, task_bytes=task_bytes, result_bytes=0, tile=tile, memory=memory), cut
+
+
+def _tile_rows(dataset: Dataset, n_columns: int) -> int:
+    """Return how many rows are read and computed at a time, of which nothing but their results is left."""
+    return tile_rows(max(dataset.n_features, n_columns), 0)

@@ -36,7 +36,9 @@ from streamlr.passes.planning import plan_pass
 from streamlr.passes.progress import find_pass, running_pass, share_of_pass
 from streamlr.passes.reduce import reduce
 from streamlr.passes.runs import PIECES, Runs
+from streamlr.passes.stream import sampling_bytes
 from streamlr.passes.tasks import Source, span_tasks
+from streamlr.passes.write import _plan as predictions_plan
 from streamlr.passes.write import write
 
 N, P = 80_000, 100  # 64 MB: four spans
@@ -99,6 +101,19 @@ def spans_of_one_tile(monkeypatch):
     monkeypatch.setattr(blocks, "MIN_SPAN_BYTES", 1)
     monkeypatch.setattr(blocks, "WAITING_SPAN_BYTES", 1)
     monkeypatch.setattr(blocks, "SPANS_PER_WORKER", 32)
+
+
+def test_what_leaves_few_numbers_of_a_tile_is_planned_by_its_own_tile():
+    """A tile for the moments of 5,000 columns takes 1.3 GB, one for their cost or predictions 5 MB."""
+    group = zarr.open_group(MemoryStore(), mode="w")
+    x = group.create_array("X", shape=(1_000_000, 5_000), chunks=(100, 5_000), dtype="f8")  # 4 MB
+    dataset = streamlr.Dataset(x, np.zeros(1_000_000))
+    cost = ResidualsOf(np.ones((5_000, 1)), np.zeros(1))
+    assert plan_pass(dataset, cost, task="cost", memory="1GB")[0].task_bytes < 100e6
+    assert predictions_plan(dataset, "prediction", 100, 1, "1GB")[0].task_bytes < 100e6
+    assert sampling_bytes(dataset) < 100e6
+    with pytest.raises(MemoryLimitExceeded):
+        streamlr.plan(dataset, memory_limit="1GB")
 
 
 class TestReadings:
@@ -320,6 +335,33 @@ class TestTasks:
                 assert streamlr.plan(dataset).tasks_at_once == workers
         with dask.config.set(scheduler="processes", num_workers=3):
             assert streamlr.plan(dataset).tasks_at_once == 3
+        with ThreadPoolExecutor(3) as pool, dask.config.set(scheduler=pool):
+            assert streamlr.plan(dataset).tasks_at_once == 3
+
+    @pytest.mark.parametrize("setting", ["pool", "scheduler"])
+    def test_a_pool_of_the_callers_runs_as_many_tasks_as_planned(self, rows, monkeypatch, setting):
+        dataset = streamlr.Dataset(*rows)
+        expected = streamlr.fit(dataset).coef
+        running, seen, moments_of = [], set(), MomentsOf.of
+
+        def noted(statistic, block):
+            running.append(block)
+            seen.add(len(running))
+            time.sleep(0.05)
+            running.pop()
+            return moments_of(statistic, block)
+
+        monkeypatch.setattr(MomentsOf, "of", noted)
+        monkeypatch.setattr(blocks, "MIN_SPAN_BYTES", 1)  # more spans than tasks at once
+        with ThreadPoolExecutor(8) as pool, dask.config.set({setting: pool, "num_workers": 8}):
+            plan = streamlr.plan(dataset)
+            limit = plan.base_bytes + plan.result_bytes + 5 * plan.task_bytes // 2
+            plan = streamlr.plan(dataset, memory_limit=limit)
+            assert plan.tasks_at_once == 2 < plan.n_spans
+            found = streamlr.fit(dataset, memory_limit=limit).coef
+            assert pool.submit(int).result() == 0  # still the caller's
+        assert found.tobytes() == expected.tobytes()
+        assert seen == {1, 2}
 
 
 @pytest.mark.usefixtures("four_workers")
