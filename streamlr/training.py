@@ -201,7 +201,7 @@ class Training:
             n_rows=rows.n_rows,
             n_kept=max(round(share * rows.n_rows), 1),
         )
-        if rows.weights is not None and self.ridge:  # lambda is measured in the mean weight, which a sample does not tell exactly
+        if rows.weights is not None and self.ridge and self.options.mode != "gd":  # the mean weight a sample does not tell exactly
             coordinates = replace(walk.objective.coordinates, mean_weight=self._mean_weight(rows) or 1.0)
             walk = replace(walk, objective=replace(walk.objective, coordinates=coordinates))
         return replace(walk, origin=self.origin)
@@ -212,7 +212,7 @@ class Training:
         if rows.missing == "drop":
             zeros = np.zeros((rows.n_features, rows.n_targets))
             spread = self._residuals(rows, zeros, zeros[0], task="weights").value.spread
-            return float(spread.weight_sum / spread.n)
+            return float(spread.weight_sum / max(spread.n, 1))
         alone = Dataset.of_rows((rows.weights,), (), None, ("weight",), (), missing=rows.missing)
         alone.subsets = rows.subsets
         moments = self._moments(alone, task="weights")

@@ -537,9 +537,11 @@ def test_no_rows_are_named_as_that(mode, plain, folder):
     x, y = plain
     with pytest.raises(NoRows):
         streamlr.fit(streamlr.Dataset(x, y, weights=np.zeros(3_000)), mode)
-    stored(folder / f"{mode}-holes.zarr", np.full_like(x, np.nan), y, None)
+    stored(folder / f"{mode}-holes.zarr", np.full_like(x, np.nan), y, np.ones(3_000))
     with pytest.raises(NoRows):
         streamlr.fit(streamlr.open_dataset(folder / f"{mode}-holes.zarr", missing="drop"), mode)
+    with pytest.raises(NoRows):
+        streamlr.fit(streamlr.open_dataset(folder / f"{mode}-holes.zarr", weights="w", missing="drop"), mode, ridge=1.0)
     with pytest.raises(NonFiniteValue, match="row 0"):
         streamlr.fit(streamlr.open_dataset(folder / f"{mode}-holes.zarr"), mode)
     with pytest.raises(UsageError, match="no target"):

@@ -163,9 +163,7 @@ class DatasetReader:
             block = replace(block, doubt=partial(self._without_missing, block, positions))
         if weights is not None and (weights < 0).any():
             i = int(np.argmax(weights < 0))
-            raise DataError(
-                f"row {_row(piece, positions, i):,} has the weight {weights[i]!r}; allowed are finite numbers from 0 on"
-            )
+            raise DataError(f"row {_row(piece, positions, i):,} has the weight {weights[i]}; allowed are finite numbers from 0 on")
         return block, dropped, by_column
 
     def _without_missing(self, block: Block, positions: NDArray[np.int64] | None) -> tuple[Block, int, dict[str, int]]:

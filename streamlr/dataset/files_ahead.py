@@ -82,14 +82,15 @@ class Files:
             self._at = next(self._coming, key)
         for coming in self._coming:
             self._at = coming
-            with suppress(OSError):  # raised when the file is wanted
+            try:
                 file = os.open(self._folder + coming, READING)
-                try:
-                    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_WILLNEED)
-                finally:
-                    os.close(file)
-                self._asked = coming
-                return
+            except OSError:
+                continue  # raised when the file is wanted
+            self._asked = coming
+            with suppress(OSError):
+                os.posix_fadvise(file, 0, 0, os.POSIX_FADV_WILLNEED)
+            os.close(file)
+            return
 
 
 def _read(file: int, request: Request, buffer: Buffer) -> tuple[memoryview, bool]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
+from multiprocessing.pool import Pool
 from typing import Any
 
 import dask
 import dask.base
+from dask.local import MultiprocessingPoolExecutor, get_async
 from dask.system import CPU_COUNT
 from dask.threaded import get as threaded_get
 
@@ -58,26 +58,31 @@ def has_pool() -> bool:
 def worker_count() -> int:
     """Return how many tasks this machine would run at once: Dask's `num_workers`, else one for each processor it may use.
 
-    An Executor in the place of a scheduler has a number of its own.
+    A pool or Executor of the caller's has a number of its own.
     """
+    if pool := callers_pool():
+        return pool[1]
     if has_pool() or active_client() is not None:
         return int(dask.config.get("num_workers", None) or CPU_COUNT or 1)
     scheduler = ambient_scheduler()
-    if isinstance(scheduler, partial):
-        return int(scheduler.args[1])
     return 1 if getattr(scheduler, "__name__", "") == "get_sync" else int(CPU_COUNT or os.cpu_count() or 1)
 
 
-@contextmanager
-def limited(tasks_at_once: int) -> Iterator[dict[str, Any]]:
-    """Give the options with which Dask runs no more tasks at once on this machine, as far as it is told how many."""
+def callers_pool() -> tuple[Callable[..., Any], int] | None:
+    """Return where tasks go and how many at once, where Dask's settings name an Executor, or a pool for its threads."""
     scheduler = ambient_scheduler()
-    if isinstance(scheduler, partial):  # what Dask makes of an Executor: where tasks go, and how many at once
-        yield {"scheduler": partial(scheduler.func, scheduler.args[0], tasks_at_once)}
-    elif not is_threaded():
-        yield {"num_workers": tasks_at_once} if has_pool() else {}
-    elif dask.config.get("pool", None) is None:
-        yield {"scheduler": threaded_get, "num_workers": tasks_at_once}
-    else:  # Dask would use all threads of the pool that is set
-        with ThreadPoolExecutor(tasks_at_once) as pool:
-            yield {"scheduler": threaded_get, "pool": pool}
+    if isinstance(scheduler, partial) and scheduler.func is get_async and len(scheduler.args) == 2:  # made of an Executor
+        return scheduler.args
+    pool = dask.config.get("pool", None) if is_threaded() else None
+    if isinstance(pool, Pool):
+        pool = MultiprocessingPoolExecutor(pool)
+    return None if pool is None else (pool.submit, pool._max_workers)
+
+
+def options_for(tasks_at_once: int) -> dict[str, Any]:
+    """Return the options with which Dask runs no more tasks at once on this machine, as far as it is told how many."""
+    if pool := callers_pool():
+        return {"scheduler": partial(get_async, pool[0], tasks_at_once)}
+    if is_threaded():
+        return {"scheduler": threaded_get, "num_workers": tasks_at_once}
+    return {"num_workers": tasks_at_once} if has_pool() else {}

@@ -25,7 +25,7 @@ from streamlr.passes.cluster import run_on, translated
 from streamlr.passes.memory import one_blas_thread
 from streamlr.passes.progress import Share, find_pass
 from streamlr.passes.runs import Runs
-from streamlr.passes.schedulers import active_client, is_task, is_threaded, limited
+from streamlr.passes.schedulers import active_client, callers_pool, is_task, is_threaded, options_for
 from streamlr.passes.workers import Vetted, stores_of
 
 
@@ -146,7 +146,7 @@ def _computed(lazy: Sequence[Any]) -> Sequence[Any]:
 
         with worker_client() as client, translated(client):  # this task makes room for theirs, which go where their blocks lie
             return list(dask_compute(*lazy))
-    return list(dask_compute(*lazy, **({"scheduler": "sync"} if is_threaded() else {})))
+    return list(dask_compute(*lazy, **({"scheduler": "sync"} if is_threaded() or callers_pool() else {})))
 
 
 @contextmanager
@@ -174,8 +174,8 @@ def compute(root: Delayed, arrays: Sequence[Rows], key: str, tasks_at_once: int)
         if state := find_pass(key):
             state.finish()
         return result
-    with limited(tasks_at_once) as options, one_blas_thread():
-        return dask_compute(root, **options)[0]
+    with one_blas_thread():
+        return dask_compute(root, **options_for(tasks_at_once))[0]
 
 
 def run_pass(client: Any, root: Delayed, key: str, vetted: Vetted) -> Any:

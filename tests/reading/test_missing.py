@@ -203,7 +203,7 @@ def test_values_at_the_edge_of_float64_are_not_taken_for_infinities():
 def test_a_negative_weight_is_named():
     x, y, weights = (np.nan_to_num(array, nan=1.0) for array in make_rows())
     weights[1_234] = -0.5
-    with pytest.raises(DataError, match=r"row 1,234.*weight.*-0\.5.*from 0 on"):
+    with pytest.raises(DataError, match=r"row 1,234.*the weight -0\.5; allowed.*from 0 on"):
         streamlr.fit(opened(x, y, weights))
 
 

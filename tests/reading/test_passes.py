@@ -10,7 +10,9 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import pairwise
+from multiprocessing.pool import ThreadPool
 
 import dask
 import dask.array as da
@@ -335,8 +337,14 @@ class TestTasks:
                 assert streamlr.plan(dataset).tasks_at_once == workers
         with dask.config.set(scheduler="processes", num_workers=3):
             assert streamlr.plan(dataset).tasks_at_once == 3
-        with ThreadPoolExecutor(3) as pool, dask.config.set(scheduler=pool):
+        for setting in ("pool", "scheduler"):
+            with ThreadPoolExecutor(3) as pool, dask.config.set({setting: pool}):
+                assert streamlr.plan(dataset).tasks_at_once == 3
+        with ThreadPool(3) as pool, dask.config.set(pool=pool):
             assert streamlr.plan(dataset).tasks_at_once == 3
+            assert streamlr.fit(dataset).n_rows == N
+        with dask.config.set(scheduler=partial(dask.threaded.get, num_workers=3)):
+            assert streamlr.fit(dataset).n_rows == N
 
     @pytest.mark.parametrize("setting", ["pool", "scheduler"])
     def test_a_pool_of_the_callers_runs_as_many_tasks_as_planned(self, rows, monkeypatch, setting):
@@ -347,19 +355,19 @@ class TestTasks:
         def noted(statistic, block):
             running.append(block)
             seen.add(len(running))
+            assert threading.current_thread().name.startswith("callers")
             time.sleep(0.05)
             running.pop()
             return moments_of(statistic, block)
 
         monkeypatch.setattr(MomentsOf, "of", noted)
         monkeypatch.setattr(blocks, "MIN_SPAN_BYTES", 1)  # more spans than tasks at once
-        with ThreadPoolExecutor(8) as pool, dask.config.set({setting: pool, "num_workers": 8}):
+        with ThreadPoolExecutor(8, "callers") as pool, dask.config.set({setting: pool}):
             plan = streamlr.plan(dataset)
             limit = plan.base_bytes + plan.result_bytes + 5 * plan.task_bytes // 2
             plan = streamlr.plan(dataset, memory_limit=limit)
             assert plan.tasks_at_once == 2 < plan.n_spans
             found = streamlr.fit(dataset, memory_limit=limit).coef
-            assert pool.submit(int).result() == 0  # still the caller's
         assert found.tobytes() == expected.tobytes()
         assert seen == {1, 2}
 
