@@ -90,24 +90,29 @@ class Record:
 
 
 def verdict(history: Sequence[Record], first_norm: float, options: Descent, hold: int = 0) -> str:
-    """Return why to stop after the last record, by the first of the rules that says so; empty to go on.
-
-    Up to step `hold` the learning rate is high on purpose: there the cost is flat because steps are large, not because it is least.
-    """
-    last, settled = history[-1], [record for record in history if record.steps > hold] if hold else history
+    """Return why to stop after the last record, by the first of the rules that says so; empty to go on."""
+    last = history[-1]
     return (
         level(history, first_norm, options.gradient_tol)
-        or flat(settled, options.tol, options.patience)
+        or flat(settled(history, hold), options.tol, options.patience)
         or spent(last.epoch, last.seconds, options, falling(history))
         or ""
     )
 
 
+def settled(history: Sequence[Record], hold: int) -> Sequence[Record]:
+    """Return the records behind step `hold`, up to which the learning rate is high on purpose; all of them where it never is.
+
+    Before it the cost is flat because steps are large, not because it is least.
+    """
+    return [record for record in history if record.steps > hold] if hold else history
+
+
 def chosen(history: Sequence[Record], hold: int) -> Record | None:
     """Return the record of the best coefficients behind step `hold`, by the rule of `Best`, else the last; None without one."""
     best, found = float("inf"), history[-1] if history else None
-    for record in history:
-        if record.complete and (not hold or record.steps > hold) and record.watched <= (1 + CLOSE) * best:
+    for record in settled(history, hold):
+        if record.complete and record.watched <= (1 + CLOSE) * best:
             best, found = min(best, record.watched), record
     return found
 
