@@ -28,17 +28,18 @@ def ambient_scheduler() -> Any:
 
 def active_client() -> Any:
     """Return the `distributed.Client` whose cluster Dask would use, or None; none within a task, which would wait for itself."""
-    distributed = sys.modules.get("distributed")
     client = getattr(ambient_scheduler(), "__self__", None)
-    return client if distributed is not None and isinstance(client, distributed.Client) and not is_task() else None
+    known = getattr(sys.modules.get("distributed"), "Client", ())  # not there while another thread imports it
+    return client if isinstance(client, known) and not is_task() else None
 
 
 def is_task() -> bool:
     """Whether this is a task on a worker of a cluster."""
-    if "distributed" not in sys.modules:
+    get_worker = getattr(sys.modules.get("distributed"), "get_worker", None)
+    if get_worker is None:
         return False
     try:
-        sys.modules["distributed"].get_worker()
+        get_worker()
     except ValueError:
         return False
     return True

@@ -370,6 +370,18 @@ class TestTasks:
         assert found.tobytes() == expected.tobytes()
         assert seen == {1, 2}
 
+    def test_an_executor_of_the_callers_does_not_wait_for_itself(self):
+        """In a process of its own, where `distributed` is not imported yet, and which can be stopped."""
+        program = """
+from concurrent.futures import ThreadPoolExecutor
+import dask, dask.array as da, numpy as np, streamlr
+x = da.from_array(np.random.default_rng(0).standard_normal((4_000, 3)), chunks=(500, 3))
+with ThreadPoolExecutor(2) as pool, dask.config.set(scheduler=pool):
+    model = streamlr.fit(streamlr.Dataset(x, x.sum(axis=1)), streamlr.Descent("minibatch", streams=4, max_epochs=2))
+assert model.n_rows == 4_000
+"""
+        subprocess.run([sys.executable, "-c", program], timeout=100, check=True)
+
 
 @pytest.mark.usefixtures("four_workers")
 def test_where_memory_allows_fewer_tasks_than_workers_each_has_as_many_spans(rows):
