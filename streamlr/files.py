@@ -17,7 +17,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from streamlr.errors import BadFile, OutputExists, PathNotFound, UsageError
+from streamlr.errors import BadFile, OutputExists, PathNotFound, ResourceError, UsageError
 
 MAX_JSON_BYTES = 256 * 2**20
 STORE_MARKS = ("zarr.json", ".zgroup", ".zarray")  # one of these makes a folder a zarr store
@@ -93,6 +93,14 @@ def check_output(target: str | os.PathLike[str], *, overwrite: bool, folder: boo
     found, replaced = _kind(place), (STORE, EMPTY) if folder else (FILE,)
     if found is not None and found not in replaced:
         raise OutputExists(f"{target} is {found}, and overwrite replaces only {' or '.join(replaced)}; choose another path")
+
+
+def check_open_files(error: Exception, what: str) -> None:
+    """Raise `ResourceError` if `error` says that no more files can be opened, which is no fault of the file in question."""
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        raise ResourceError(
+            f"{what} cannot be read: {error}; allow more open files (ulimit -n), or run fewer tasks at once (--threads)"
+        ) from error
 
 
 def digest(value: Any) -> str:

@@ -28,7 +28,7 @@ from zarr.storage import FsspecStore, LocalStore
 from streamlr.dataset.nodes import arrays_of
 from streamlr.dataset.remote import shown
 from streamlr.errors import ChunkCorrupt, ChunkMissing, StoreChanged, StoreIncomplete, StoreUnreachable
-from streamlr.files import digest
+from streamlr.files import check_open_files, digest
 
 ATTRIBUTE = "streamlr"
 FORMAT = "streamlr rows"
@@ -236,6 +236,7 @@ def check_current(array: zarr.Array[Any], label: str) -> None:
             f"the metadata of array {label!r} at {where} cannot be read any more: {error}; check network and server, and try again"
         ) from error
     except Exception as error:  # metadata that are gone or do not parse raise whatever the store or the parser raises
+        check_open_files(error, f"the metadata of array {label!r}")
         raise StoreChanged(
             f"the metadata of array {label!r} at {where} cannot be read any more ({error}); is the store still mounted? "
             "open it again"

@@ -17,6 +17,7 @@ from zarr.errors import NodeTypeValidationError
 
 from streamlr.dataset.remote import METADATA, SCHEMES, RemoteStore, check_url, is_url, shown
 from streamlr.errors import DataError, PathNotFound, StoreIncomplete, StoreUnreachable, StreamlrError, UsageError
+from streamlr.files import check_open_files
 
 TABLES = (".csv", ".csv.gz", ".csv.zip", ".parquet", ".tsv")
 USUAL = ("X", "y", "weights")  # looked for where arrays cannot be listed
@@ -70,6 +71,7 @@ def _opened(place: Any, where: str) -> zarr.Group | zarr.Array[Any]:
         )
         raise StoreUnreachable(f"{where} cannot be read: {error}; {remedy}") from error
     except OSError as error:
+        check_open_files(error, where)
         raise DataError(f"{where} cannot be read: {error}") from error
     except ImportError as error:  # fsspec's own, which says less than the one that it wraps
         package = (error.name or getattr(error.__cause__, "name", None) or "fsspec").split(".")[0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import math
 import time
 from collections.abc import Iterable
@@ -27,7 +26,8 @@ from streamlr.dataset.integrity import CHECKSUM_BYTES, chunk_keys, describe_chun
 from streamlr.dataset.read_ahead import Question, ReadAhead, chunks_ahead
 from streamlr.dataset.remote import shown
 from streamlr.dataset.synchronous import SynchronousStore, answers_at_once, plain_bytes
-from streamlr.errors import ChunkCorrupt, ChunkMissing, DataError, ResourceError, StoreUnreachable, StreamlrError
+from streamlr.errors import ChunkCorrupt, ChunkMissing, DataError, StoreUnreachable, StreamlrError
+from streamlr.files import check_open_files
 
 PAUSES = (0.1, 0.5)  # seconds before a failed read is tried again: networks and network disks fail for a moment
 Position = tuple[int, ...]
@@ -198,6 +198,7 @@ class StoredChunks:
                 raise
             except Exception as error:  # remote stores raise what their clients raise
                 check_memory(error, f"{key!r} of array {self.label!r}", self._nbytes)
+                check_open_files(error, f"{key!r} of array {self.label!r}")
                 pause = next(pauses, None)
                 if pause is None or isinstance(error, PermissionError | IsADirectoryError):
                     raise self._unreadable(key, error) from error
@@ -206,8 +207,6 @@ class StoredChunks:
     def _unreadable(self, key: str, error: Exception) -> StreamlrError:
         """Tell a chunk that cannot be read from a store of which nothing can be read any more."""
         what = f"{key!r} of array {self.label!r} in {shown(self.array.store)} cannot be read: {shown(error)}"
-        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-            return ResourceError(f"{what}; allow more of them (ulimit -n), or run fewer tasks at once (--threads)")
         if isinstance(error, ConnectionError | TimeoutError) and not self._store_answers():
             return StoreUnreachable(f"{what}; nor can its metadata: check network and server, and run it again")
         return ChunkCorrupt(f"{what}; check disk, network and permissions")

@@ -19,6 +19,7 @@ from streamlr.dataset.rows import check_dtype
 from streamlr.dataset.stored_chunks import is_asked_ahead
 from streamlr.dataset.zarr_reader import ZarrReader
 from streamlr.errors import DataError, StoreChanged, StoreIncomplete, UnsupportedDtype
+from streamlr.files import check_open_files
 
 MAX_CHUNKS = 10**9  # more than any disk holds: the shape in the metadata was altered
 REMEDY = "or, if its writer leaves out chunks of fill values, pass allow_missing_chunks=True (--allow-missing-chunks)"
@@ -142,6 +143,7 @@ class ZarrRows:
         except (OSError, ValueError) as error:
             if isinstance(error, DataError):
                 raise
+            check_open_files(error, f"array {self.label!r}")
             raise StoreChanged(
                 f"the metadata of array {self.label!r} cannot be read any more ({error}); is it still mounted?"
             ) from error

@@ -483,8 +483,17 @@ class TestFiles:
         assert sorted(name for name in advised if "/X/" in name) == sorted(str(path / f"X/c/{i}/0") for i in there)
 
 
-def test_too_many_open_files_are_not_the_fault_of_the_chunk(tmp_path):
-    stored = StoredChunks(zarr.create_array(str(tmp_path / "a"), data=np.arange(100.0), chunks=(10,)), "a", None)
+def test_too_many_open_files_are_not_the_fault_of_the_store(tmp_path):
+    group = zarr.open_group(tmp_path / "s", mode="w")
+    for name in ("X", "y"):
+        group.create_array(name, data=np.arange(100.0), chunks=(10,))
+    rows = streamlr.open_dataset(tmp_path / "s", features="X").arrays[0]
+    stored = StoredChunks(group["X"], "X", None)
+    reads = {
+        "'X/c/3' of array 'X'": lambda: stored.get((3,), Buffer()),
+        "the metadata of array 'X'": rows.check_current,
+        str(tmp_path): lambda: streamlr.open_dataset(tmp_path / "s", features="X"),
+    }
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
     taken = []
@@ -492,8 +501,9 @@ def test_too_many_open_files_are_not_the_fault_of_the_chunk(tmp_path):
         with suppress(OSError):
             while True:
                 taken.append(os.open(os.devnull, os.O_RDONLY))
-        with pytest.raises(ResourceError, match=r"'c/3' .*Too many open files.*ulimit -n"):
-            stored.get((3,), Buffer())
+        for what, read in reads.items():
+            with pytest.raises(ResourceError, match=rf"{what}.* cannot be read: .*Too many open files.*ulimit -n"):
+                read()
     finally:
         for file in taken:
             os.close(file)
