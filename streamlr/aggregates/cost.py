@@ -140,6 +140,11 @@ class ResidualsOf:
         return 8 * 8 * len(self.intercept)
 
     @property
+    def row_bytes(self) -> int:
+        """Residuals are made piece by piece."""
+        return 0
+
+    @property
     def as_stored(self) -> bool:
         """Whether rows are promoted on the way into one target's predictions, for which the memory of a tile is too slow."""
         p, k = self.coef.shape

@@ -193,6 +193,11 @@ class MomentsOf:
         return 8 * self.width * (self.width + 3)
 
     @property
+    def row_bytes(self) -> int:
+        """Rows are centred, and no more."""
+        return 0
+
+    @property
     def as_stored(self) -> bool:
         """Features come as float64."""
         return False

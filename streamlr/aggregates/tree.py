@@ -42,6 +42,11 @@ class Statistic(Protocol[S_co]):
         ...
 
     @property
+    def row_bytes(self) -> int:
+        """Bytes that `of` makes for each row of a tile, beyond the row once more in float64."""
+        ...
+
+    @property
     def as_stored(self) -> bool:
         """Whether `of` takes features of a dtype shorter than float64 as they are stored, to promote them itself."""
         ...

@@ -96,6 +96,11 @@ class SumsOf:
         return self.b.nbytes + self._residuals.nbytes
 
     @property
+    def row_bytes(self) -> int:
+        """Predictions, residuals and these weighted."""
+        return 3 * self.b[:1].nbytes
+
+    @property
     def as_stored(self) -> bool:
         """Features come as float64."""
         return False

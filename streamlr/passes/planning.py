@@ -100,7 +100,7 @@ def _drafted(
         waiting += fan_in - 1
     run = RUN if whole_tiles and not lazy and is_threaded() else 1
     held = min(run, len(cut)).bit_length() - 1  # nodes of a run that wait for its last span
-    made = dataset.tile_bytes(tile) + 3 * dataset.n_targets * min(tile, dataset.stored_rows) * 8  # rows centred, residuals
+    made = dataset.tile_bytes(tile) + statistic.row_bytes * min(tile, dataset.stored_rows)
     task_bytes = dataset.reader_bytes(tile) + made + left + (held + 2) * statistic.nbytes
     waiting_bytes = min(waiting, len(cut)) * left
     plan = draft_plan(
