@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from multiprocessing.pool import Pool
+from types import SimpleNamespace
 from typing import Any
 
 import dask
@@ -70,11 +71,11 @@ def worker_count() -> int:
 
 
 def callers_pool() -> tuple[Callable[..., Any], int] | None:
-    """Return where tasks go and how many at once, where Dask's settings name an Executor, or a pool for its threads."""
+    """Return where tasks go and how many at once, where Dask's settings name an Executor, or a pool of threads or processes."""
     scheduler = ambient_scheduler()
     if isinstance(scheduler, partial) and scheduler.func is get_async and len(scheduler.args) == 2:  # made of an Executor
         return scheduler.args
-    pool = dask.config.get("pool", None) if is_threaded() else None
+    pool = dask.config.get("pool", None) if has_pool() else None
     if isinstance(pool, Pool):
         pool = MultiprocessingPoolExecutor(pool)
     return None if pool is None else (pool.submit, pool._max_workers)
@@ -82,8 +83,8 @@ def callers_pool() -> tuple[Callable[..., Any], int] | None:
 
 def options_for(tasks_at_once: int) -> dict[str, Any]:
     """Return the options with which Dask runs no more tasks at once on this machine, as far as it is told how many."""
-    if pool := callers_pool():
-        return {"scheduler": partial(get_async, pool[0], tasks_at_once)}
-    if is_threaded():
-        return {"scheduler": threaded_get, "num_workers": tasks_at_once}
-    return {"num_workers": tasks_at_once} if has_pool() else {}
+    pool = callers_pool()
+    if not has_pool():
+        return {"scheduler": partial(get_async, pool[0], tasks_at_once)} if pool else {}
+    told = {"pool": SimpleNamespace(submit=pool[0], _max_workers=tasks_at_once)} if pool else {"num_workers": tasks_at_once}
+    return told | ({"scheduler": threaded_get} if is_threaded() else {})

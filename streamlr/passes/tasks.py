@@ -11,6 +11,7 @@ from typing import Any
 
 from dask.base import compute as dask_compute
 from dask.delayed import Delayed, delayed
+from dask.local import get_sync
 
 from streamlr.dataset.blocks import Block, Span
 from streamlr.dataset.checked import DatasetReader
@@ -25,7 +26,7 @@ from streamlr.passes.cluster import run_on, translated
 from streamlr.passes.memory import one_blas_thread
 from streamlr.passes.progress import Share, find_pass
 from streamlr.passes.runs import Runs
-from streamlr.passes.schedulers import active_client, callers_pool, is_task, is_threaded, options_for
+from streamlr.passes.schedulers import active_client, callers_pool, has_pool, is_task, is_threaded, options_for
 from streamlr.passes.workers import Vetted, stores_of
 
 
@@ -146,7 +147,8 @@ def _computed(lazy: Sequence[Any]) -> Sequence[Any]:
 
         with worker_client() as client, translated(client):  # this task makes room for theirs, which go where their blocks lie
             return list(dask_compute(*lazy))
-    return list(dask_compute(*lazy, **({"scheduler": "sync"} if is_threaded() or callers_pool() else {})))
+    here = is_threaded() or (callers_pool() and not has_pool())  # an Executor's threads may all be waiting for blocks
+    return list(dask_compute(*lazy, **({"scheduler": get_sync} if here else {})))
 
 
 @contextmanager

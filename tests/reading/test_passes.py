@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
 from multiprocessing.pool import ThreadPool
@@ -38,6 +38,7 @@ from streamlr.passes.planning import plan_pass
 from streamlr.passes.progress import find_pass, running_pass, share_of_pass
 from streamlr.passes.reduce import reduce
 from streamlr.passes.runs import PIECES, Runs
+from streamlr.passes.schedulers import options_for
 from streamlr.passes.stream import sampling_bytes
 from streamlr.passes.tasks import Source, span_tasks
 from streamlr.passes.write import _plan as predictions_plan
@@ -115,6 +116,13 @@ def test_what_leaves_few_numbers_of_a_tile_is_planned_by_its_own_tile():
     assert predictions_plan(dataset, "prediction", 100, 1, "1TB")[0].task_bytes < 100e6
     assert sampling_bytes(dataset) < 100e6
     assert streamlr.plan(dataset, memory_limit="1TB").task_bytes > 4e9
+
+
+def test_a_target_is_planned_as_a_feature_is_for_moments():
+    """Residuals are made of many targets, but not where moments are."""
+    few, many = np.zeros((40_000, 3)), np.zeros((40_000, 300))
+    plans = [streamlr.plan(streamlr.Dataset(*arrays), memory_limit="1TB") for arrays in ((few, many), (many, few))]
+    assert plans[0].task_bytes == plans[1].task_bytes
 
 
 class TestReadings:
@@ -345,6 +353,19 @@ class TestTasks:
         with dask.config.set(scheduler=partial(dask.threaded.get, num_workers=3)):
             assert streamlr.fit(dataset).n_rows == N
 
+    def test_processes_of_the_callers_run_as_many_tasks_as_planned(self, rows):
+        def times(_):
+            began = time.time()
+            time.sleep(0.2)
+            return began, time.time()
+
+        context = dask.multiprocessing.get_context()
+        with ProcessPoolExecutor(3, context) as pool, dask.config.set(scheduler="processes", pool=pool, chunksize=1):
+            assert streamlr.plan(streamlr.Dataset(*rows)).tasks_at_once == 3
+            assert streamlr.fit(streamlr.Dataset(*rows)).n_rows == N
+            tasks = sorted(dask.compute(*[dask.delayed(times)(i) for i in range(4)], **options_for(1)))
+        assert all(ended <= begins for (_, ended), (begins, _) in pairwise(tasks))
+
     @pytest.mark.parametrize("setting", ["pool", "scheduler"])
     def test_a_pool_of_the_callers_runs_as_many_tasks_as_planned(self, rows, monkeypatch, setting):
         dataset = streamlr.Dataset(*rows)
@@ -381,6 +402,17 @@ with ThreadPoolExecutor(2) as pool, dask.config.set(scheduler=pool):
 assert model.n_rows == 4_000
 """
         subprocess.run([sys.executable, "-c", program], timeout=100, check=True)
+
+    def test_what_ends_a_process_ends_it_in_a_pool_of_the_callers(self):
+        """A thread of `multiprocessing` dies of what is no `Exception`, and nobody would hear of its task."""
+        program = """
+from multiprocessing.pool import ThreadPool
+import dask, dask.array as da, numpy as np, streamlr
+x = da.ones((4_000, 3), chunks=(500, 3))
+with ThreadPool(2) as pool, dask.config.set(pool=pool):
+    streamlr.fit(streamlr.Dataset(x.map_blocks(lambda block: exit(7), meta=x._meta), np.ones(4_000)))
+"""
+        assert subprocess.run([sys.executable, "-c", program], timeout=100).returncode == 7
 
 
 @pytest.mark.usefixtures("four_workers")
