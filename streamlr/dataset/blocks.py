@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,6 +131,26 @@ def tile_edges(start: int, stop: int, rows: int) -> list[Span]:
     return [Span(a, b) for a, b in itertools.pairwise(edges) if a < b]
 
 
+def ended_by_tiles(following: Iterable[Span], rows: int) -> Iterator[Span]:
+    """Move the ends of spans that follow on each other back to where tiles of `rows` rows end, but for the end of all.
+
+    A span is drawn when all whole tiles before it were handed out.
+
+    Examples
+    --------
+    >>> list(ended_by_tiles([Span(3, 10), Span(10, 11), Span(11, 18)], 4))
+    [Span(start=3, stop=8), Span(start=8, stop=16), Span(start=16, stop=18)]
+    """
+    rest = None
+    for span in following:
+        start, stop = span.start if rest is None else rest.start, span.stop // rows * rows
+        if start < stop:
+            yield Span(start, stop)
+        rest = Span(max(start, stop), span.stop)
+    if rest is not None and rest.start < rest.stop:
+        yield rest
+
+
 def spans(
     n_rows: int,
     row_bytes: int,
@@ -210,7 +230,7 @@ class Plan:
     fan_in : int
         Results that one merging task joins.
     spans_per_task : int
-        Neighbouring spans that one task may read on its own, so that the chunks at their edges are decoded once.
+        Neighbouring spans that one task may read on its own: the chunks at their edges are decoded once, the tiles kept by nobody.
     bytes_read : int
         Decoded bytes of one pass.
     base_bytes, task_bytes, result_bytes, solution_bytes : int

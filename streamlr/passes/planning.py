@@ -18,7 +18,7 @@ from streamlr.passes.workers import workers_of
 FAN_IN, MOST_FAN_IN = 4, 32  # partials that one merging task joins: few hold little memory; many are fewer tasks, of 1 ms each
 WAITING_BYTES = 128 * 2**20  # of them, where they are many
 OPEN_BYTES = 32 * 2**20  # what a span may leave; more, and it is cut at powers of two of tiles, to leave one node
-RUN = 8  # such spans that a thread reads on end: each doubling halves the chunks that are decoded twice, and holds one more node
+RUN = 8  # spans that a thread reads on end: each doubling halves the edges, and holds some more nodes
 
 
 def plan_pass(
@@ -88,7 +88,8 @@ def _drafted(
             whole_tiles=whole_tiles,
             waiting=is_waited_for(dataset),
         )
-    tiles = -(-max(span.stop - span.start for span in cut) // tile) + 1
+    run = RUN if is_threaded() and not lazy else 1
+    tiles = -(-run * max(span.stop - span.start for span in cut) // tile) + 1
     nodes = 1 if whole_tiles and not lazy else open_nodes(tiles)
     ragged = any(span.start % tile for span in cut)  # ends of spans, kept as rows
     left = nodes * statistic.nbytes + (2 * tile_bytes if ragged else 0)
@@ -98,7 +99,6 @@ def _drafted(
         level = -(-level // fan_in)
         merges += level
         waiting += fan_in - 1
-    run = RUN if whole_tiles and not lazy and is_threaded() else 1
     held = min(run, len(cut)).bit_length() - 1  # nodes of a run that wait for its last span
     made = dataset.tile_bytes(tile) + statistic.row_bytes * min(tile, dataset.stored_rows)
     task_bytes = dataset.reader_bytes(tile) + made + left + (held + 2) * statistic.nbytes

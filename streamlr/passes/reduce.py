@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -88,7 +89,9 @@ def reduce(
 def _runs(dataset: Dataset, plan: Plan, cut: Sequence[Span]) -> Runs:
     if is_waited_for(dataset):  # what is asked for ahead is asked for anew with each piece
         return Runs(cut, plan.spans_per_task)
-    return Runs.of_spans(cut, plan.spans_per_task, plan.tile_rows)
+    tile, chunk = plan.tile_rows, max(dataset.arrays, key=lambda rows: rows.row_bytes).chunk_rows
+    units = math.lcm(tile, chunk), chunk, tile  # pieces end where tiles and chunks do, or either, as spans do
+    return Runs.of_spans(cut, plan.spans_per_task, next(unit for unit in units if not any(span.start % unit for span in cut)))
 
 
 def read_span(

@@ -1,4 +1,4 @@
-"""Runs of neighbouring spans: who reads on where it stopped decodes the chunk at the edge once."""
+"""Runs of neighbouring spans: who reads on where it stopped decodes the chunk at the edge once, and has the tile there whole."""
 
 from __future__ import annotations
 

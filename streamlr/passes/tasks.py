@@ -13,7 +13,7 @@ from dask.base import compute as dask_compute
 from dask.delayed import Delayed, delayed
 from dask.local import get_sync
 
-from streamlr.dataset.blocks import Block, Span
+from streamlr.dataset.blocks import Block, Span, ended_by_tiles
 from streamlr.dataset.checked import DatasetReader
 from streamlr.dataset.dask_rows import DaskRows
 from streamlr.dataset.dataset import Dataset
@@ -81,7 +81,7 @@ class Source:
             reader = self._idle.pop()
         except IndexError:
             reader = self.dataset.reader()
-        for part in [span] if self._runs is None else self._runs.take():  # neighbours share the chunk at their edge
+        for part in [span] if self._runs is None else ended_by_tiles(self._runs.take(), tile):
             yield from reader.blocks(part, share.note, tile, **how)
         reader.forget()  # what a task meets must not depend on which was done before it
         self._idle.append(reader)

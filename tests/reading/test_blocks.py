@@ -19,6 +19,7 @@ from streamlr.dataset.blocks import (
     WAITING_SPAN_BYTES,
     Block,
     Span,
+    ended_by_tiles,
     format_bytes,
     spans,
     tile_edges,
@@ -71,6 +72,27 @@ def test_tile_edges_cover_the_rows_once_and_cut_where_tiles_end(start, length, p
 
 def test_no_rows_have_no_edges():
     assert tile_edges(7, 7, 4) == []
+
+
+@given(st.integers(0, 50), st.lists(st.integers(1, 40), max_size=12), st.integers(1, 16))
+def test_spans_that_follow_on_each_other_end_where_tiles_do(start, lengths, rows):
+    edges = list(itertools.accumulate(lengths, initial=start))
+    given = [Span(*pair) for pair in itertools.pairwise(edges)]
+    drawn, found, at_once = 0, [], []
+
+    def following():
+        nonlocal drawn
+        for span in given:
+            drawn += 1
+            yield span
+
+    for span in ended_by_tiles(following(), rows):
+        found.append(span)
+        at_once.append(given[drawn - 1].stop)
+    if given:
+        assert_covers(found, edges[0], edges[-1])
+    assert all(span.stop % rows == 0 for span in found[:-1])
+    assert all(stop - span.stop < rows for span, stop in zip(found, at_once, strict=True)), "nothing is drawn before it is wanted"
 
 
 @given(

@@ -30,7 +30,8 @@ import streamlr
 from streamlr.aggregates.cost import ResidualsOf
 from streamlr.aggregates.moments import MomentsOf
 from streamlr.dataset import blocks, read_ahead
-from streamlr.dataset.blocks import TILE_BYTES, Span
+from streamlr.dataset.blocks import TILE_BYTES, Block, Span
+from streamlr.dataset.stored_chunks import StoredChunks
 from streamlr.errors import Cancelled, DataError, MemoryLimitExceeded, OutputExists, UsageError
 from streamlr.passes import planning
 from streamlr.passes.memory import one_blas_thread
@@ -78,6 +79,13 @@ def counted(rows, x_chunks, y_chunks, **x_options) -> tuple[CountingStore, strea
     group.create_array("y", data=rows[1], chunks=y_chunks, compressors=None)
     store = CountingStore(group.store)
     return store, streamlr.open_dataset(zarr.open_group(store, mode="r+"))
+
+
+def make_arrays(path, x, y, chunk):
+    group = zarr.open_group(path, mode="w")
+    group.create_array("X", data=x, chunks=(chunk, P))
+    group.create_array("y", data=y, chunks=(chunk,))
+    return path
 
 
 def expected_keys(*layouts: tuple[str, tuple[int, ...], tuple[int, ...]]) -> set[str]:
@@ -178,6 +186,26 @@ class TestReadings:
         taken_over = (workers - 1) * 4  # parts of runs: 4, 2 and 1 spans, and as many again if one thread is slow
         assert max(twice.values()) <= runs - 1 + taken_over
         assert set(store.reads.values()) <= {1, 2}
+
+    @pytest.mark.parametrize("workers", [1, 2, 4])
+    @pytest.mark.parametrize("chunk", [1000, 1024])
+    def test_rows_are_kept_only_where_threads_meet(self, rows, model, monkeypatch, tmp_path, chunk, workers):
+        """A thread that reads on has the tiles at the edges of its spans whole; there is no need to copy their rows."""
+        monkeypatch.setattr(blocks, "MIN_SPAN_BYTES", 1)
+        dataset = streamlr.open_dataset(make_arrays(tmp_path / "s", *rows, chunk))
+        kept, read, copy, get = [], [], Block.copy, StoredChunks.get
+        monkeypatch.setattr(Block, "copy", lambda block: kept.append(block.start) or copy(block))
+        monkeypatch.setattr(
+            StoredChunks, "get", lambda self, position, *rest: read.append((self.label, position)) or get(self, position, *rest)
+        )
+        with dask.config.set(num_workers=workers):
+            n_spans = streamlr.plan(dataset).n_spans
+            for run in (lambda: streamlr.accumulate(dataset), lambda: streamlr.evaluate(model, dataset)):
+                read.clear()
+                kept.clear()
+                run()
+                assert len(kept) < (2 * n_spans if workers > 1 else 1)  # where runs end, and parts of them that are taken over
+                assert len(read) == len(set(read)) == 2 * -(-N // chunk)
 
     @pytest.mark.parametrize("scheduler", ["threads", "synchronous"])
     def test_an_absent_chunk_at_an_edge_is_counted_once(self, rows, spans_of_one_tile, scheduler):
