@@ -90,7 +90,8 @@ def _runs(dataset: Dataset, plan: Plan, cut: Sequence[Span]) -> Runs:
     if is_waited_for(dataset):  # what is asked for ahead is asked for anew with each piece
         return Runs(cut, plan.spans_per_task)
     tile, chunk = plan.tile_rows, max(dataset.arrays, key=lambda rows: rows.row_bytes).chunk_rows
-    units = math.lcm(tile, chunk), chunk, tile  # pieces end where tiles and chunks do, or either, as spans do
+    shared = math.lcm(*(rows.chunk_rows for rows in dataset.arrays))
+    units = math.lcm(tile, shared), shared, math.lcm(tile, chunk), chunk, tile  # pieces end as spans do: with chunks, tiles or both
     return Runs.of_spans(cut, plan.spans_per_task, next(unit for unit in units if not any(span.start % unit for span in cut)))
 
 

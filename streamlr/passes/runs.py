@@ -20,16 +20,22 @@ class Runs:
         All spans, in order.
     length : int
         Spans in a run. A power of two leaves one node of the merge tree where spans of whole tiles do.
+    rows : int, optional
+        Where they are handed out in pieces, these end at multiples of it.
     """
 
-    def __init__(self, cut: Sequence[Span], length: int) -> None:
+    def __init__(self, cut: Sequence[Span], length: int, rows: int | None = None) -> None:
+        runs = (cut[at : at + length] for at in range(0, len(cut), length))
         self._lock = threading.Lock()
-        self._whole = deque(deque(cut[at : at + length]) for at in range(0, len(cut), length))
+        self._whole = deque(
+            deque(piece for span in run for piece in ([span] if rows is None else tile_edges(span.start, span.stop, rows)))
+            for run in runs
+        )
         self._begun: list[deque[Span]] = []  # what is left of each
 
     @classmethod
-    def of_spans(cls, cut: Sequence[Span], count: int, tile: int) -> Runs:
-        """Return runs of so many spans of whole tiles, in pieces that are whole tiles too.
+    def of_spans(cls, cut: Sequence[Span], count: int, unit: int) -> Runs:
+        """Return runs of so many spans that end with units of rows, as tiles or chunks, in pieces that do, too.
 
         Examples
         --------
@@ -38,12 +44,11 @@ class Runs:
         >>> [piece.start for piece in Runs.of_spans([Span(0, 60_000)], 8, 2_048).take()][:3]
         [0, 6144, 12288]
         """
-        height = cut[0].stop - cut[0].start
-        rows = max(height // PIECES // tile, 1) * tile
-        return cls([piece for span in cut for piece in tile_edges(span.start, span.stop, rows)], count * -(-height // rows))
+        height = max(span.stop - span.start for span in cut)
+        return cls(cut, count, max(height // PIECES // unit, 1) * unit)
 
-    def take(self) -> Iterator[Span]:
-        """Begin a run, and iterate over its spans as far as nobody else has begun them; over none when all spans are begun.
+    def take(self) -> Run:
+        """Begin a run; an empty one when all spans are begun.
 
         Examples
         --------
@@ -55,15 +60,37 @@ class Runs:
         with self._lock:
             rest = self._whole.popleft() if self._whole else self._half_of_longest()
             self._begun.append(rest)
-        while True:
-            with self._lock:
-                if not rest:
-                    self._begun = [other for other in self._begun if other is not rest]
-                    return
-                span = rest.popleft()
-            yield span
+            return Run(self, rest)
+
+    def draw(self, rest: deque[Span]) -> Span | None:
+        """Return the next span of a run that was begun; None where there is no more of it."""
+        with self._lock:
+            if rest:
+                return rest.popleft()
+            self._begun = [other for other in self._begun if other is not rest]
+            return None
 
     def _half_of_longest(self) -> deque[Span]:
         """Take the latter half of what is left of the longest run; a single span too, since its owner is busy with another."""
         longest = max(self._begun, key=len, default=deque[Span]())
         return deque(reversed([longest.pop() for _ in range(-(-len(longest) // 2))]))
+
+
+class Run(Iterator[Span]):
+    """Iterates over spans that follow on each other, as far as nobody else has begun them.
+
+    Attributes
+    ----------
+    extent : Span
+        The rows of all of them.
+    """
+
+    def __init__(self, runs: Runs, rest: deque[Span]) -> None:
+        self._runs, self._rest = runs, rest
+        self.extent = Span(rest[0].start, rest[-1].stop) if rest else Span(0, 0)
+
+    def __next__(self) -> Span:
+        span = self._runs.draw(self._rest)
+        if span is None:
+            raise StopIteration
+        return span

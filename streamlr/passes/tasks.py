@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from streamlr.dataset.zarr_rows import ZarrRows
 from streamlr.errors import DataError, RowCountMismatch, StoreChanged, StreamlrError
 from streamlr.passes.cluster import run_on, translated
 from streamlr.passes.memory import one_blas_thread
+from streamlr.passes.planning import is_waited_for
 from streamlr.passes.progress import Share, find_pass
 from streamlr.passes.runs import Runs
 from streamlr.passes.schedulers import active_client, callers_pool, has_pool, is_task, is_threaded, options_for
@@ -81,8 +82,14 @@ class Source:
             reader = self._idle.pop()
         except IndexError:
             reader = self.dataset.reader()
-        for part in [span] if self._runs is None else ended_by_tiles(self._runs.take(), tile):
-            yield from reader.blocks(part, share.note, tile, **how)
+        if self._runs is None:
+            yield from reader.blocks(span, share.note, tile, **how)
+        else:  # neighbours share the chunk and the tile at their edge
+            run = self._runs.take()
+            # a store with latency is asked for one span after the other: of what others take over, many chunks would come twice
+            with nullcontext() if is_waited_for(self.dataset) else reader.expecting([run.extent]):
+                for part in ended_by_tiles(run, tile):
+                    yield from reader.blocks(part, share.note, tile, **how)
         reader.forget()  # what a task meets must not depend on which was done before it
         self._idle.append(reader)
 

@@ -24,7 +24,7 @@ from zarr.core.sync import sync
 from zarr.storage import LocalStore, MemoryStore, WrapperStore
 
 import streamlr
-from streamlr.dataset import files_ahead, read_ahead, stored_chunks
+from streamlr.dataset import blocks, files_ahead, read_ahead, stored_chunks
 from streamlr.dataset.blocks import Block, Span
 from streamlr.dataset.buffers import Buffer
 from streamlr.dataset.read_ahead import AHEAD_BYTES, ReadAhead, chunks_ahead
@@ -431,6 +431,14 @@ class TestFiles:
         expected = [f"X/c/{i}/0" for i in range(start // CHUNK, -(-stop // CHUNK))]
         expected += [f"y/c/{i}" for i in range(start // 450, -(-stop // 450))]
         assert sorted(advised) == sorted(str(path / key) for key in expected)
+
+    def test_a_pass_tells_of_each_file_once(self, path, advised, monkeypatch):
+        """Whatever pieces it reads the rows in."""
+        monkeypatch.setattr(blocks, "MIN_SPAN_BYTES", 1)
+        with dask.config.set(num_workers=1):
+            assert streamlr.plan(streamlr.open_dataset(path)).n_spans > 4
+            streamlr.accumulate(streamlr.open_dataset(path))
+        assert sorted(name for name in advised if "/X/" in name) == sorted(str(path / f"X/c/{i}/0") for i in range(N // CHUNK))
 
     @pytest.mark.parametrize("large", [False, True])
     def test_small_files_that_come_from_memory_are_not_told_of(self, path, advised, monkeypatch, large):
