@@ -24,6 +24,7 @@ from zarr.core.sync import sync
 from zarr.storage import LocalStore, MemoryStore, WrapperStore
 
 import streamlr
+from streamlr.aggregates.moments import MomentsOf
 from streamlr.dataset import blocks, files_ahead, read_ahead, stored_chunks
 from streamlr.dataset.blocks import Block, Span
 from streamlr.dataset.buffers import Buffer
@@ -432,12 +433,25 @@ class TestFiles:
         expected += [f"y/c/{i}" for i in range(start // 450, -(-stop // 450))]
         assert sorted(advised) == sorted(str(path / key) for key in expected)
 
-    def test_a_pass_tells_of_each_file_once(self, path, advised, monkeypatch):
-        """Whatever pieces it reads the rows in."""
+    def test_a_pass_tells_of_each_file_once_and_in_time(self, path, advised, monkeypatch):
+        """Whatever pieces it reads the rows in: the first file of a tile is told of before the tile ahead of it is computed."""
         monkeypatch.setattr(blocks, "MIN_SPAN_BYTES", 1)
+        dataset, late, told, of = streamlr.open_dataset(path), [], [], MomentsOf.of
+
+        def noted(statistic, block):
+            coming = str(path / f"X/c/{block.stop // CHUNK + (block.stop % CHUNK > 0)}/0")
+            if block.stop < N and coming not in advised:
+                late.append(coming)
+            told.append(block.stop)
+            return of(statistic, block)
+
+        monkeypatch.setattr(MomentsOf, "of", noted)
         with dask.config.set(num_workers=1):
-            assert streamlr.plan(streamlr.open_dataset(path)).n_spans > 4
-            streamlr.accumulate(streamlr.open_dataset(path))
+            plan = streamlr.plan(dataset)
+            assert plan.n_spans == plan.spans_per_task == 8
+            streamlr.accumulate(dataset)
+        assert told == [4_096, 8_192, N]
+        assert not late
         assert sorted(name for name in advised if "/X/" in name) == sorted(str(path / f"X/c/{i}/0") for i in range(N // CHUNK))
 
     @pytest.mark.parametrize("large", [False, True])
