@@ -332,7 +332,7 @@ class TestLargeFiles:
         monkeypatch.setattr(files_ahead, "_read", lambda *about: opened.append(about) or read(*about))
         dataset = streamlr.Dataset(x, y)  # ten tiles
         streamlr.fit(dataset)
-        assert len(opened) == streamlr.plan(dataset).n_spans < 5
+        assert 1 <= len(opened) <= streamlr.plan(dataset).n_spans < 5  # by each thread, and whoever takes over a part
 
     @pytest.mark.parametrize("number", [0, 1, 2])
     def test_deleted_chunk(self, store, large, number):
@@ -402,7 +402,7 @@ class LargeFilesInParts(TestLargeFiles):
         monkeypatch.setattr(Files, "open", lambda *about: opened.append(about) or open_file(*about))
         dataset = streamlr.Dataset(x, y)  # ten tiles
         streamlr.fit(dataset)
-        assert len(opened) == streamlr.plan(dataset).n_spans < 5
+        assert 1 <= len(opened) <= streamlr.plan(dataset).n_spans < 5  # by each thread, and whoever takes over a part
 
     def check_decoded_whole(self, store, large, monkeypatch):
         """Fit, and see that each chunk was decoded as a whole, once."""
