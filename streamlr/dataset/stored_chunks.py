@@ -198,7 +198,6 @@ class StoredChunks:
                 raise
             except Exception as error:  # remote stores raise what their clients raise
                 check_memory(error, f"{key!r} of array {self.label!r}", self._nbytes)
-                check_open_files(error, f"{key!r} of array {self.label!r}")
                 pause = next(pauses, None)
                 if pause is None or isinstance(error, PermissionError | IsADirectoryError):
                     raise self._unreadable(key, error) from error
@@ -206,7 +205,9 @@ class StoredChunks:
 
     def _unreadable(self, key: str, error: Exception) -> StreamlrError:
         """Tell a chunk that cannot be read from a store of which nothing can be read any more."""
-        what = f"{key!r} of array {self.label!r} in {shown(self.array.store)} cannot be read: {shown(error)}"
+        place = f"{key!r} of array {self.label!r} in {shown(self.array.store)}"
+        check_open_files(error, place)
+        what = f"{place} cannot be read: {shown(error)}"
         if isinstance(error, ConnectionError | TimeoutError) and not self._store_answers():
             return StoreUnreachable(f"{what}; nor can its metadata: check network and server, and run it again")
         return ChunkCorrupt(f"{what}; check disk, network and permissions")
