@@ -6,7 +6,6 @@ import asyncio
 import itertools
 import os
 import resource
-import threading
 import time
 from collections import Counter
 from contextlib import closing, suppress
@@ -506,7 +505,7 @@ class TestFiles:
         assert sorted(name for name in advised if "/X/" in name) == sorted(str(path / f"X/c/{i}/0") for i in there)
 
 
-def test_too_many_open_files_are_not_the_fault_of_the_store(tmp_path):
+def test_too_many_open_files_are_not_the_fault_of_the_store(tmp_path, monkeypatch):
     group = zarr.open_group(tmp_path / "s", mode="w")
     for name in ("X", "y"):
         group.create_array(name, data=np.arange(100.0), chunks=(10,))
@@ -527,7 +526,7 @@ def test_too_many_open_files_are_not_the_fault_of_the_store(tmp_path):
         for what, read in reads.items():
             with pytest.raises(ResourceError, match=rf"{what}.* cannot be read: .*Too many open files.*ulimit -n"):
                 read()
-        threading.Timer(0.02, lambda: os.close(taken.pop())).start()  # somebody else is done with one, and it is tried again
+        monkeypatch.setattr(stored_chunks.time, "sleep", lambda _: os.close(taken.pop()))  # another is done with it
         assert stored.get((4,), Buffer()) is not None
     finally:
         for file in taken:
