@@ -94,16 +94,21 @@ def centre_of_some(block: Block, hardly: float | None) -> Array:
 
     It will where no square of a mean is more than `hardly` of the mean square; never where that is None.
     """
-    every = max(len(block.x) // SOME, 1)
-    w = None if block.weights is None else block.weights[::every]
-    if w is not None and not w.any():
-        every, w = 1, block.weights
-    p, some = block.x.shape[1], np.concatenate((block.x[::every], block.y[::every]), axis=1)
-    w = np.ones(len(some)) if w is None else w
+    every, w = some_rows(block)
+    p, some = block.x.shape[1], np.concatenate((block.x[every], block.y[every]), axis=1)
     mean: Array = w.dot(some) / w.sum()
     if hardly is not None and (mean[:p] ** 2 <= hardly * (w.dot(some[:, :p] ** 2) / w.sum())).all():
         mean[:p] = 0.0
     return mean
+
+
+def some_rows(block: Block) -> tuple[slice, Array]:
+    """Return which rows of a block are spread over it, and their weights: all rows where those have none."""
+    every = slice(None, None, max(len(block.y) // SOME, 1))
+    if block.weights is None:
+        return every, np.ones(-(-len(block.y) // every.step))
+    w = block.weights[every]
+    return (every, w) if w.any() else (slice(None), block.weights)
 
 
 def _products_of_columns(block: Block, centre: Array) -> Products:

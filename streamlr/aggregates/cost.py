@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from streamlr.aggregates.centred import CONSTANT, ROUNDS, centre_of_some, exact_sum, far_off
+from streamlr.aggregates.centred import CONSTANT, ROUNDS, exact_sum, far_off, some_rows
 from streamlr.aggregates.moments import Moments
 from streamlr.aggregates.spread import SQUARES, Exponents, Spread, exponents_of, overflowing, units_of
 from streamlr.dataset.blocks import Block, tile_rows
@@ -159,15 +159,13 @@ class ResidualsOf:
         if not self.coef.all():  # there may be a BLAS that skips what is multiplied by zero
             block.confirm()
 
-        of_target = np.ascontiguousarray(self.coef[:, 0])
-
         def residuals(here: slice, targets: Array, out: Array, room: Array) -> None:
             # a product may round rows by their neighbours, but those of a tile always have the same: `predictions` is slower
             x = block.x[here]
             if x.dtype == np.float64:
                 self.coef.T.dot(x.T, out=out)
             else:
-                np.einsum("ij,j->i", x, of_target, out=out[0])
+                np.einsum("ij,j->i", x, np.ascontiguousarray(self.coef[:, 0]), out=out[0])
             np.subtract(np.subtract(targets, self.intercept[:, None], out=room), out, out=out)
 
         return _sums(block, residuals)
@@ -189,66 +187,69 @@ def _sums(rows: Block, residuals: Making) -> Residuals:
     if total == 0:
         rows.confirm()
         return Residuals.empty(k, m)
-    exponent = np.zeros(2 * k, dtype=np.int32)
     small, large = SQUARES["double"]
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):  # what is not finite is found in the sums
-        magnitudes, spread = _sums_in(exponent.copy(), rows, residuals, total)
-        unusual = ~((spread.squares > small) & (spread.squares < large) & (spread.mean**2 < large))
-        if unusual.any():
+        magnitudes, spread = _sums_in(None, rows, residuals, total)
+        # most often these are few numbers, of which Python makes less ado than NumPy
+        usual = [small < s < large and c * c < large for s, c in zip(spread.squares.tolist(), spread.mean.tolist(), strict=True)]
+        if not all(usual):
+            unusual = ~np.array(usual)
             largest = np.concatenate([np.zeros(k), np.abs(rows.y).max(axis=0)])
             if unusual[:k].any():
-                as_they_are = _pieces(rows, residuals, np.zeros(k), np.zeros_like(exponent))
+                as_they_are = _pieces(rows, residuals, np.zeros(k), None)
                 largest[:k] = np.max([np.abs(columns[:k]).max(axis=1) for columns, _ in as_they_are], axis=0)
+            exponent = spread.exponent
             exponent[unusual] = exponents_of(largest[unusual])
-            if units_of(exponent).any():
-                magnitudes, spread = _sums_in(exponent, rows, residuals, total)
+            unit = units_of(exponent)
+            if unit.any():
+                magnitudes, spread = _sums_in(unit, rows, residuals, total)
             spread = replace(spread, exponent=exponent)
-    if not np.isfinite(spread.squares).all():
-        raise overflowing(rows)
+            if not np.isfinite(spread.squares).all():
+                raise overflowing(rows)
     return Residuals(magnitudes, spread)
 
 
-def _sums_in(exponent: Exponents, rows: Block, residuals: Making, total: float) -> tuple[Array, Spread]:
-    """Return magnitudes of residuals, and the spread of [r y] in given units.
+def _sums_in(unit: Exponents | None, rows: Block, residuals: Making, total: float) -> tuple[Array, Spread]:
+    """Return magnitudes of residuals, and the spread of [r y], in given units or as they are.
 
     Targets are centred near their mean, and the squares corrected, as it is done in `centred_product`.
     """
     m, k = rows.y.shape
-    unit = units_of(exponent)
-    targets = np.ldexp(rows.y, -unit[k:]) if unit.any() else rows.y
-    centre = centre_of_some(Block(rows.start, rows.stop, targets[:, :0], targets, rows.weights), None)
+    targets = rows.y if unit is None else np.ldexp(rows.y, -unit[k:])
+    centre, (some, weights_of_some) = np.zeros(2 * k), some_rows(rows)
+    centre[k:] = weights_of_some.dot(targets[some]) / weights_of_some.sum()
     for left in reversed(range(ROUNDS + 1)):
-        sums, squares = np.zeros(2 * k), np.zeros(2 * k)
-        for columns, weights in _pieces(rows, residuals, centre, unit):
+        sums, squares = np.zeros((2, 2 * k))
+        for columns, weights in _pieces(rows, residuals, centre[k:], unit):
             weighted = columns if weights is None else columns * weights
             squares += [z.dot(w) for z, w in zip(columns, weighted, strict=True)]  # `einsum` adds up long columns to fewer digits
             np.abs(weighted[:k], out=weighted[:k])
             sums += weighted.sum(axis=1)
-        offset = sums[k:] / total
-        if not left or not far_off(offset, centre, total, squares[k:]):
+        offset = sums / total
+        offset[:k] = 0.0
+        if not left or not far_off(offset, centre, total, squares):
             break
         centre = centre + offset
-    squares[k:] = np.maximum(squares[k:] - (offset * np.sqrt(total)) ** 2, 0.0)
-    mean, rest = exact_sum(centre, offset)
-    zeros = np.zeros(k)
-    spread = Spread(m, total, np.concatenate([zeros, mean]), np.concatenate([zeros, rest]), squares, exponent)
-    return np.ldexp(sums[:k], unit[:k]), spread
+    squares = np.maximum(squares - (offset * np.sqrt(total)) ** 2, 0.0)
+    exponent = np.zeros(2 * k, dtype=np.int32) if unit is None else unit
+    spread = Spread(m, total, *exact_sum(centre, offset), squares, exponent)
+    return sums[:k] if unit is None else np.ldexp(sums[:k], unit[:k]), spread
 
 
-def _pieces(rows: Block, residuals: Making, centre: Array, unit: Exponents) -> Iterator[tuple[Array, Array | None]]:
+def _pieces(rows: Block, residuals: Making, centre: Array, unit: Exponents | None) -> Iterator[tuple[Array, Array | None]]:
     """Yield columns [r, y - centre], (2 k, h), of rows in units, and their weights, while a core's cache holds them.
 
     The centre (k,) is in units already.
     """
     m, k = rows.y.shape
     height = min(PIECE_ROWS, tile_rows(k, 0, PIECE_BYTES), m)
-    room, scaled = rows.workspace(2 * k * height), unit.any()
+    room = rows.workspace(2 * k * height)
     for first in range(0, m, height):
         here = slice(first, min(first + height, m))
         columns = room[: 2 * k * (here.stop - first)].reshape(2 * k, -1)
         targets = np.ascontiguousarray(rows.y[here].T)
         residuals(here, targets, columns[:k], columns[k:])
-        if scaled:
+        if unit is not None:
             columns[:k], targets = np.ldexp(columns[:k], -unit[:k, None]), np.ldexp(targets, -unit[k:, None])
         np.subtract(targets, centre[:, None], out=columns[k:])
         yield columns, None if rows.weights is None else rows.weights[here]

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamlr.aggregates.centred import EPS, STRIP, centred_product
-from streamlr.aggregates.spread import NO_SCALE, SQUARES, Spread, exponents_of, meeting, overflowing, units_of
+from streamlr.aggregates.spread import NO_SCALE, SQUARES, Spread, exponents_of, meeting, overflowing, shift_between, units_of
 from streamlr.dataset.blocks import Block
 from streamlr.errors import UsageError
 
@@ -125,7 +125,7 @@ class Moments:
         if self.n == 0 or other.n == 0:
             return replace((other if self.n == 0 else self).copy(), n_dropped=n_dropped, precision=precision)
         both = meeting(self.spread, other.spread)
-        mine, others = (_shifted(side.scatter, shift) for side, shift in zip((self, other), both.shifts, strict=True))
+        mine, others = (_shifted(side.scatter, shift_between(side.exponent, both.exponent)) for side in (self, other))
         with np.errstate(over="ignore"):
             for first in range(0, len(merged), STRIP):
                 rows = slice(first, first + STRIP)
@@ -243,6 +243,6 @@ def _largest(block: Block, columns: NDArray[np.intp]) -> NDArray[np.float64]:
     return np.array([np.abs(block.x[:, j] if j < p else block.y[:, j - p]).max() for j in columns])
 
 
-def _shifted(scatter: NDArray[np.float64], shift: NDArray[np.int32]) -> NDArray[np.float64]:
+def _shifted(scatter: NDArray[np.float64], shift: NDArray[np.int32] | None) -> NDArray[np.float64]:
     """Return a scatter in other units, itself where they are its own."""
-    return np.ldexp(scatter, shift[:, None] + shift) if shift.any() else scatter
+    return scatter if shift is None else np.ldexp(scatter, shift[:, None] + shift)

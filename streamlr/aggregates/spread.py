@@ -79,13 +79,21 @@ class Spread:
         arrays = {name: getattr(self, name).copy() for name in ("mean", "mean_rest", "squares", "exponent")}
         return replace(self, **arrays)
 
+    def in_units(self, exponent: Exponents) -> Spread:
+        """Return this spread in units that are as large or larger: itself where they are its own."""
+        shift = shift_between(self.exponent, exponent)
+        if shift is None:
+            return self
+        mean, rest, squares = np.ldexp(self.mean, shift), np.ldexp(self.mean_rest, shift), np.ldexp(self.squares, 2 * shift)
+        return Spread(self.n, self.weight_sum, mean, rest, squares, exponent)
+
     def __add__(self, other: Spread) -> Spread:
         if self.n == 0 or other.n == 0:
             return (other if self.n == 0 else self).copy()
         both = meeting(self, other)
+        one, another = both.sides
         with np.errstate(over="ignore"):
-            mine, others = (np.ldexp(side.squares, 2 * shift) for side, shift in zip((self, other), both.shifts, strict=True))
-            squares = mine + others + both.step**2
+            squares = one.squares + another.squares + both.step**2
         both.check(squares)
         return Spread(self.n + other.n, both.weight_sum, both.mean, both.mean_rest, squares, both.exponent)
 
@@ -103,8 +111,8 @@ class Meeting(NamedTuple):
         Whose square, beside their scatters, is the scatter of both.
     exponent : (q,) int32
         Units of all that.
-    shifts : two of (q,) int32
-        Powers of two that take either set to these units: exact, but for what vanishes beside columns so much larger.
+    sides : two of Spread
+        Both in these units.
     """
 
     weight_sum: float
@@ -112,7 +120,7 @@ class Meeting(NamedTuple):
     mean_rest: Array
     step: Array
     exponent: Exponents
-    shifts: tuple[Exponents, Exponents]
+    sides: tuple[Spread, Spread]
 
     def check(self, squares: Array) -> None:
         """Raise `NumericalError` where the weights, or sums of squares (q,), are more than a float64 holds."""
@@ -125,20 +133,21 @@ class Meeting(NamedTuple):
 def meeting(one: Spread, other: Spread) -> Meeting:
     """Return where two sets of rows meet (Chan, Golub and LeVeque 1983, equation 2.1)."""
     exponent = np.maximum(one.exponent, other.exponent)
-    shifts = np.maximum(one.exponent - exponent, NO_SCALE), np.maximum(other.exponent - exponent, NO_SCALE)
-    sides = [
-        (side.weight_sum, np.ldexp(side.mean, shift), np.ldexp(side.mean_rest, shift))
-        for side, shift in zip((one, other), shifts, strict=True)
-    ]
+    sides = one.in_units(exponent), other.in_units(exponent)
     # the mean starts from the heavier side, so that rows of little or no weight hardly move it
-    (heavy, mean, rest), (light, light_mean, light_rest) = sides if one.weight_sum >= other.weight_sum else reversed(sides)
+    heavy, light = sides if one.weight_sum >= other.weight_sum else reversed(sides)
     total = one.weight_sum + other.weight_sum
-    share = light / total if total else 0.0
-    step = (light_mean - mean) + (light_rest - rest)
-    mean, left = exact_sum(mean, step * share)
-    mean, rest = exact_sum(mean, left + rest)
-    step *= np.sqrt(heavy) * np.sqrt(share)
-    return Meeting(total, mean, rest, step, exponent, shifts)
+    share = light.weight_sum / total if total else 0.0
+    step = (light.mean - heavy.mean) + (light.mean_rest - heavy.mean_rest)
+    mean, left = exact_sum(heavy.mean, step * share)
+    mean, rest = exact_sum(mean, left + heavy.mean_rest)
+    step *= np.sqrt(heavy.weight_sum) * np.sqrt(share)
+    return Meeting(total, mean, rest, step, exponent, sides)
+
+
+def shift_between(exponent: Exponents, larger: Exponents) -> Exponents | None:
+    """Return the powers of two that take columns to larger units, exact but for what vanishes beside those; None for none."""
+    return None if exponent.tobytes() == larger.tobytes() else np.maximum(exponent - larger, NO_SCALE)
 
 
 def exponents_of(largest: Array, precision: str = "double") -> Exponents:

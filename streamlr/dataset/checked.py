@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -160,7 +159,8 @@ class DatasetReader:
         if confirmed or self.dataset.missing != "error" or not (weights is None or surely_finite(weights)):
             block, dropped, by_column = self._without_missing(block, positions)
         else:
-            block = replace(block, doubt=partial(self._without_missing, block, positions))
+            doubt = partial(self._without_missing, block, positions)
+            block = Block(piece.start, piece.stop, x, y, weights, self._room, doubt)
         if weights is not None and (weights < 0).any():
             i = int(np.argmax(weights < 0))
             raise DataError(f"row {_row(piece, positions, i):,} has the weight {weights[i]}; allowed are finite numbers from 0 on")
