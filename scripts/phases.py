@@ -29,9 +29,8 @@ PHASES = {
     ),
     "read": (
         "streamlr.dataset.stored_chunks:StoredChunks.get",
-        "streamlr.dataset.stored_chunks:StoredChunks.fill",
         "streamlr.dataset.zstd_stream:_File.read",
-        "streamlr.dataset.blosc_blocks:BloscBlocks._read",
+        "streamlr.dataset.chunk_file:ChunkFile.read",
     ),
     "decode": (
         "streamlr.dataset.codecs:ChunkCodec.decode",

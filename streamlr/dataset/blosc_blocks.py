@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import numcodecs.blosc
@@ -10,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamlr.dataset.buffers import Buffer
-from streamlr.dataset.files_ahead import read_at
+from streamlr.dataset.chunk_file import ChunkFile
 from streamlr.dataset.stored_chunks import Position
 
 HEADER_BYTES = 16
@@ -41,14 +40,17 @@ class BloscBlocks:
     """
 
     def __init__(self, open_file: Callable[[Position], int], nbytes: int) -> None:
-        self._open_file, self._nbytes = open_file, nbytes
-        self._file: int | None = None
-        self.position: Position | None = None  # of the chunk whose file is open
+        self._file, self._nbytes = ChunkFile(open_file), nbytes
         self._header = np.empty(HEADER_BYTES, dtype=np.uint8)
         self._block = 0  # bytes of a block; the last may be short
         self._starts = self._ends = np.empty(0, dtype=np.int64)  # of the blocks, in the file
         self._stored, self._edge = Buffer(), Buffer()
         self._held = -1  # the block that lies in the latter
+
+    @property
+    def position(self) -> Position | None:
+        """Of the chunk whose file is open, if one is."""
+        return self._file.position
 
     def suits(self, _nbytes: int) -> bool:
         """Any part is worth reading: its file stays open, and the block at its end is held."""
@@ -73,33 +75,28 @@ class BloscBlocks:
         return True
 
     def leave(self) -> None:
-        """Let go of the chunk whose file is open."""
-        file, self._file, self.position, self._held = self._file, None, None, -1
-        if file is not None:
-            os.close(file)
-
-    def __del__(self) -> None:
-        self.leave()
+        """Let go of the chunk whose file is open, and of the block that is held."""
+        self._file.leave()
+        self._held = -1
 
     def _begin(self, position: Position) -> None:
         """Open a file, and find out where its blocks lie."""
-        self.leave()
-        self._file = self._open_file(position)
-        self._read(self._header, 0)
+        self._held = -1
+        size = self._file.begin(position)
+        self._file.read(self._header, 0)
         nbytes, self._block, stored = (int(size) for size in self._header[4:].view("<u4"))
         itemsize = max(int(self._header[ITEMSIZE]), 1)
-        sound = nbytes == self._nbytes and stored == os.fstat(self._file).st_size
+        sound = nbytes == self._nbytes and stored == size
         # a size that is off by less than an item would show in the last block alone
         if not sound or not LEAST_BYTES <= self._block <= BLOCK_BYTES or self._block % itemsize or self._header[FLAGS] & COPIED:
             raise ValueError("it is not blocks of its size")
         table = np.empty(-(-nbytes // self._block), dtype="<i4")
-        self._read(table.view(np.uint8), HEADER_BYTES)
+        self._file.read(table.view(np.uint8), HEADER_BYTES)
         if table.min() < HEADER_BYTES + table.nbytes or table.max() >= stored:
             raise ValueError("its blocks lie outside")
         order = np.argsort(table)  # several threads may have written them
         self._starts, self._ends = table.astype(np.int64), np.empty(len(table), dtype=np.int64)
         self._ends[order] = np.append(self._starts[order[1:]], stored)
-        self.position = position
 
     def _decode(self, start: int, into: NDArray[np.uint8]) -> None:
         at, stop = start, start + len(into)
@@ -136,10 +133,5 @@ class BloscBlocks:
             stored[FLAGS] |= UNSPLIT
         stored[4:HEADER_BYTES].view("<u4")[:] = len(into), min(self._block, len(into)), len(stored)
         stored[HEADER_BYTES:front].view("<i4")[:] = starts - below + front
-        self._read(stored[front:], int(below))
+        self._file.read(stored[front:], int(below))
         numcodecs.blosc.decompress(stored, into)
-
-    def _read(self, into: NDArray[np.uint8], offset: int) -> None:
-        assert self._file is not None
-        if read_at(into.data, self._file, offset) != len(into):
-            raise ValueError("it is cut off")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from typing import NamedTuple
 
 from zarr.abc.store import ByteRequest, RangeByteRequest, SuffixByteRequest
 
@@ -16,17 +15,6 @@ READING = os.O_RDONLY | getattr(os, "O_BINARY", 0)  # Windows would change ends 
 NOWAIT = getattr(os, "RWF_NOWAIT", None)  # Linux alone
 LARGE = 2**20  # bytes of a file, beside which telling the kernel of the next one costs nothing
 AHEAD = 64  # small files that are asked for ahead after one that the disk let wait for
-
-
-class Part(NamedTuple):
-    """The bytes [start, stop) of a file that has `size` bytes; none of any other."""
-
-    start: int
-    stop: int
-    size: int
-
-
-Request = ByteRequest | Part | None
 
 
 class Files:
@@ -62,11 +50,10 @@ class Files:
             self._ask_ahead(key)
         return file
 
-    def read(self, key: str, request: Request, buffer: Buffer) -> memoryview:
+    def read(self, key: str, request: ByteRequest | None, buffer: Buffer) -> memoryview:
         """Read a file, or a part of it, into the memory of `buffer`."""
         found, waited = _read(self._opened(key), request, buffer)
-        size = request.size if isinstance(request, Part) else len(found)
-        self._ahead = AHEAD if waited else max(self._ahead - 1, int(size >= LARGE))
+        self._ahead = AHEAD if waited else max(self._ahead - 1, int(len(found) >= LARGE))
         if self._ahead and not self._asked:
             self._ask_ahead(key)
         return found
@@ -93,7 +80,7 @@ class Files:
             return
 
 
-def _read(file: int, request: Request, buffer: Buffer) -> tuple[memoryview, bool]:
+def _read(file: int, request: ByteRequest | None, buffer: Buffer) -> tuple[memoryview, bool]:
     """Read an open file, or a part of it, and close it; tell whether the disk was waited for, as far as that can be known."""
     try:
         start, stop = 0, os.fstat(file).st_size
@@ -101,8 +88,6 @@ def _read(file: int, request: Request, buffer: Buffer) -> tuple[memoryview, bool
             start = max(stop - request.suffix, 0)
         elif isinstance(request, RangeByteRequest):
             start, stop = min(request.start, stop), min(request.end, stop)
-        elif isinstance(request, Part):
-            start, stop = (request.start, request.stop) if stop == request.size else (0, 0)
         view = buffer.take(stop - start).data
         done = _in_memory(view, file, start)
         waited = done < len(view)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -9,12 +10,13 @@ from numpy.typing import NDArray
 
 from streamlr.dataset.blocks import TILE_BYTES
 from streamlr.dataset.blosc_blocks import BloscBlocks
+from streamlr.dataset.chunk_file import ChunkFile
 from streamlr.dataset.codecs import ChunkCodec, ZarrCodec
 from streamlr.dataset.stored_chunks import Position, StoredChunks
 from streamlr.dataset.zstd_stream import ZstdStream
 
 LARGE_BYTES = 2 * TILE_BYTES  # of a chunk that is compressed: at least two tiles
-PART_BYTES = 2**20  # of bare numbers: fewer, and opening their file for them costs more than to hold its chunk
+PART_BYTES = 2**20  # of bare numbers: fewer, and a call of the system for each part costs more than to hold the chunk
 
 
 class Parts(Protocol):
@@ -46,27 +48,38 @@ class BareParts:
 
     Parameters
     ----------
-    stored : StoredChunks
-        The files.
+    open_file : callable
+        Opens the file of the chunk at a position and returns its descriptor.
     nbytes : int
         Bytes of a chunk.
     """
 
-    position = None  # each part opens its file
+    def __init__(self, open_file: Callable[[Position], int], nbytes: int) -> None:
+        self._file, self._nbytes = ChunkFile(open_file), nbytes
 
-    def __init__(self, stored: StoredChunks, nbytes: int) -> None:
-        self._stored, self._nbytes = stored, nbytes
+    @property
+    def position(self) -> Position | None:
+        """Of the chunk whose file is open, if one is."""
+        return self._file.position
 
     def suits(self, nbytes: int) -> bool:
-        """Whether there are enough of them to open a file for, and others left."""
+        """Whether there are enough of them to ask the system for, and others left."""
         return nbytes >= PART_BYTES and 2 * nbytes <= self._nbytes
 
     def fill(self, position: Position, start: int, into: NDArray[np.uint8], *, last: bool) -> bool:
         """Fill `into` with the bytes of a chunk from `start` on, if its file is there and has the size of its numbers."""
-        return self._stored.fill(position, start, into)
+        try:
+            if position != self.position and self._file.begin(position) != self._nbytes:
+                raise ValueError("it is not numbers and nothing else")
+            self._file.read(into, start)
+        except (OSError, ValueError):
+            self.leave()
+            return False
+        return True
 
     def leave(self) -> None:
-        """Do nothing: no file is open."""
+        """Let go of the chunk whose file is open."""
+        self._file.leave()
 
 
 def parts_of(codec: ChunkCodec | ZarrCodec, stored: StoredChunks) -> Parts | None:
@@ -74,7 +87,7 @@ def parts_of(codec: ChunkCodec | ZarrCodec, stored: StoredChunks) -> Parts | Non
     if not isinstance(codec, ChunkCodec) or codec.order != "C" or codec.has_checksum or not stored.are_files:
         return None
     if codec.compressor is None:
-        return BareParts(stored, codec.nbytes) if codec.nbytes >= 2 * PART_BYTES else None
+        return BareParts(stored.open, codec.nbytes) if codec.nbytes >= 2 * PART_BYTES else None
     if codec.nbytes < LARGE_BYTES:
         return None
     if codec.compressor.codec_id == "zstd":

@@ -21,7 +21,7 @@ from zarr.storage import LocalStore
 
 from streamlr.dataset.buffers import Buffer
 from streamlr.dataset.codecs import ABSENT, ShardIndex, check_memory, shard_index
-from streamlr.dataset.files_ahead import Files, Part
+from streamlr.dataset.files_ahead import Files
 from streamlr.dataset.integrity import CHECKSUM_BYTES, chunk_keys, describe_chunk, local_root
 from streamlr.dataset.read_ahead import Question, ReadAhead, chunks_ahead
 from streamlr.dataset.remote import shown
@@ -104,18 +104,6 @@ class StoredChunks:
         """Open the file of a chunk, to be read and closed by who asks."""
         assert isinstance(self._direct, Files), "others are no files"
         return self._direct.open(self._key(position))
-
-    def fill(self, position: Position, start: int, into: NDArray[np.uint8]) -> bool:
-        """Fill `into` with the bytes of a chunk from `start` on, and return whether it is there and of the size of its numbers.
-
-        If not, nothing is said, since `get` will.
-        """
-        assert isinstance(self._direct, Files), "a part is had of files"
-        part = Part(start, start + into.nbytes, self._nbytes)
-        try:
-            return len(self._direct.read(self._key(position), part, Buffer(into))) == into.nbytes
-        except OSError:
-            return False
 
     def get(self, position: Position, buffer: Buffer) -> Stored | None:
         """Return the stored bytes of the chunk at `position`, in `buffer` where they come from a file; None when it is absent.

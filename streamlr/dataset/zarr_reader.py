@@ -36,7 +36,7 @@ class ZarrReader:
     def __init__(self, rows: ZarrRows) -> None:
         self.rows = rows
         self.chunks_missing = 0
-        self._height, self._row_bytes = rows.decoded_rows, rows.row_bytes
+        self._height, self._row_bytes, self._n_rows = rows.decoded_rows, rows.row_bytes, rows.n_rows
         self._positions = [(column,)[: rows.array.ndim - 1] for column in rows.column_chunks]  # within a row of chunks
         self._stored = StoredChunks(rows.array, rows.label, rows.checksums)
         self._codec = chunk_codec(rows.array) or ZarrCodec(rows.array)
@@ -54,7 +54,7 @@ class ZarrReader:
         self._decoded: defaultdict[int, Buffer] = defaultdict(Buffer)
         self._held = -1  # the last row of chunks
         self._rows = Consecutive(rows.n_columns)  # of plain chunks, it and some before it
-        self._most = -(-rows.n_rows // self._height) * self._height  # rows in all chunks
+        self._most = -(-self._n_rows // self._height) * self._height  # rows in all chunks
         self._pieces: list[NDArray[Any]] = []  # of others, it alone
 
     def expect(self, spans: Sequence[Span]) -> None:
@@ -196,7 +196,7 @@ class ZarrReader:
             part = target[start : start + count]
             stored = part if target.dtype == dtype else room[: len(part)]
             into, at = stored.reshape(-1).view(np.uint8), (within + start) * self._row_bytes
-            if not parts.fill(position, at, into, last=first + start + len(part) == self.rows.n_rows):
+            if not parts.fill(position, at, into, last=first + start + len(part) == self._n_rows):
                 return False
             if stored is not part:
                 part[...] = stored

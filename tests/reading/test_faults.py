@@ -28,7 +28,7 @@ from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ShardingCodec, Zstd
 from zarr.storage import MemoryStore, WrapperStore
 
 import streamlr
-from streamlr.dataset import blosc_blocks, files_ahead, parts, stored_chunks, zarr_reader, zstd_stream
+from streamlr.dataset import chunk_file, files_ahead, parts, stored_chunks, zarr_reader, zstd_stream
 from streamlr.dataset.blosc_blocks import BloscBlocks
 from streamlr.dataset.buffers import Buffer
 from streamlr.dataset.codecs import ChunkCodec, check_memory
@@ -308,23 +308,24 @@ class TestLargeFiles:
 
     def test_the_rows_of_a_tile_are_read_and_no_others(self, store, large, monkeypatch):
         found, expected = [], streamlr.fit(streamlr.Dataset(*large))
-        read = files_ahead._read
-
-        def spy(file, request, buffer):
-            view, waited = read(file, request, buffer)
-            found.append(len(view))
-            return view, waited
-
-        monkeypatch.setattr(files_ahead, "_read", spy)
+        read = chunk_file.read_at
+        monkeypatch.setattr(chunk_file, "read_at", lambda view, *place: found.append(len(view)) or read(view, *place))
         with dask.config.set(scheduler="sync"):
             model = streamlr.fit(streamlr.open_dataset(store))
         assert model.coef.tobytes() == expected.coef.tobytes()
         assert model.cost.mse == expected.cost.mse
-        numbers = [count for count in found if count > 8 * 10_000]
-        assert max(numbers) == 16 * self.tile
-        assert sum(numbers) == 16 * self.n
+        assert max(found) == 16 * self.tile
+        assert sum(found) == 16 * self.n
 
-    def test_few_bytes_are_not_worth_opening_a_file(self, tmp_path, monkeypatch):
+    def test_a_file_stays_open_from_tile_to_tile(self, store, large, monkeypatch):
+        opened, open_file = [], Files.open
+        monkeypatch.setattr(Files, "open", lambda files, key: opened.append(key) or open_file(files, key))
+        with dask.config.set(num_workers=1):
+            streamlr.fit(streamlr.Dataset(zarr.open_group(store, mode="r")["X"], large[1]))
+        assert opened == ["X/c/0/0", "X/c/1/0", "X/c/2/0"]
+        assert not [file for file in map(os.path.realpath, Path("/proc/self/fd").iterdir()) if str(store) in file]
+
+    def test_few_bytes_are_not_worth_a_part(self, tmp_path, monkeypatch):
         n = 300_000
         x, opened = np.random.default_rng(0).normal(size=(n, 20)), []
         y = zarr.create_array(str(tmp_path / "y.zarr"), data=x @ np.ones(20), chunks=(n,), compressors=None)
@@ -361,15 +362,15 @@ class TestLargeFiles:
 
     @pytest.mark.parametrize("times", [1, 2])
     def test_a_reading_that_fails_for_a_moment_is_repeated(self, store, large, monkeypatch, times):
-        read, failing = files_ahead._read, iter([True] * times)
+        read, failing = chunk_file.read_at, iter([True] * times)
 
-        def fail(file, request, buffer):
-            found = read(file, request, buffer)
-            if len(found[0]) == 16 * self.tile and next(failing, False):
+        def fail(*about):
+            found = read(*about)
+            if next(failing, False):
                 raise OSError(errno.EIO, "as planned")
             return found
 
-        monkeypatch.setattr(files_ahead, "_read", fail)
+        monkeypatch.setattr(chunk_file, "read_at", fail)
         assert streamlr.fit(streamlr.open_dataset(store)).coef.tobytes() == streamlr.fit(streamlr.Dataset(*large)).coef.tobytes()
         assert not list(failing)
 
@@ -395,7 +396,7 @@ class LargeFilesInParts(TestLargeFiles):
         assert max(filled) == 16 * self.tile
         assert sum(filled) == 16 * self.n
 
-    def test_few_bytes_are_not_worth_opening_a_file(self, tmp_path, monkeypatch):
+    def test_few_bytes_are_not_worth_a_part(self, tmp_path, monkeypatch):
         """But they are decoded from a file that stays open."""
         n = 300_000
         x, opened, open_file = np.random.default_rng(0).normal(size=(n, 20)), [], Files.open
@@ -545,14 +546,14 @@ class TestLargeFilesOfBlosc(LargeFilesInParts):
 
     @pytest.mark.parametrize("times", [1, 2])
     def test_a_reading_that_fails_for_a_moment_is_repeated(self, store, large, monkeypatch, times):
-        read, failing = files_ahead.read_at, iter([False] * 3 + [True] * times)
+        read, failing = chunk_file.read_at, iter([False] * 3 + [True] * times)
 
         def fail(*about):
             if next(failing, False):
                 raise OSError(errno.EIO, "as planned")
             return read(*about)
 
-        monkeypatch.setattr(blosc_blocks, "read_at", fail)
+        monkeypatch.setattr(chunk_file, "read_at", fail)
         assert streamlr.fit(streamlr.open_dataset(store)).coef.tobytes() == streamlr.fit(streamlr.Dataset(*large)).coef.tobytes()
         assert not list(failing)
 
