@@ -29,6 +29,7 @@ PHASES = {
     ),
     "read": (
         "streamlr.dataset.stored_chunks:StoredChunks.get",
+        "streamlr.dataset.stored_chunks:StoredChunks.open",
         "streamlr.dataset.zstd_stream:_File.read",
         "streamlr.dataset.chunk_file:ChunkFile.read",
     ),

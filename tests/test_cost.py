@@ -186,9 +186,19 @@ def test_sums_share_no_memory_with_what_they_are_of():
     statistic = ResidualsOf(np.ones((1, 1)), np.zeros(1))
     value = statistic.of(Block(0, 9, np.arange(9.0)[:, None], np.ones((9, 1))))
     arrays = [value.magnitudes, *(getattr(value.spread, name) for name in ("mean", "mean_rest", "squares", "exponent"))]
-    for total in (value + statistic.empty(), statistic.empty() + value):
+    for total in (value + statistic.empty(), statistic.empty() + value, value + value):
         others = [total.magnitudes, *(getattr(total.spread, name) for name in ("mean", "mean_rest", "squares", "exponent"))]
         assert not any(np.shares_memory(a, b) for a in arrays for b in others)
+
+
+@given(st.integers(0, 999), st.integers(1, 2_000), st.integers(0, 2))
+def test_bits_know_nothing_of_the_columns_beside_a_target(seed: int, m: int, column: int):
+    rows = np.random.default_rng(seed).normal(size=(m, 3))
+    statistic, x = ResidualsOf(np.ones((1, 1)), np.zeros(1)), rows[:, :1].copy()
+    alone, beside = (statistic.of(Block(0, len(x), x, y)) for y in (rows[:, [column]].copy(), rows[:, column : column + 1]))
+    assert alone.magnitudes.tobytes() == beside.magnitudes.tobytes()
+    for name in ("mean", "mean_rest", "squares", "exponent"):
+        assert getattr(alone.spread, name).tobytes() == getattr(beside.spread, name).tobytes()
 
 
 @pytest.mark.parametrize("m", [PIECE_ROWS, 8 * PIECE_ROWS])

@@ -103,7 +103,7 @@ def centre_of_some(block: Block, hardly: float | None) -> Array:
 
 
 def some_rows(block: Block) -> tuple[slice, Array]:
-    """Return which rows of a block are spread over it, and their weights: all rows where those have none."""
+    """Return which rows of a block are spread over it, and their weights: all rows where these weigh nothing."""
     every = slice(None, None, max(len(block.y) // SOME, 1))
     if block.weights is None:
         return every, np.ones(-(-len(block.y) // every.step))

@@ -198,7 +198,7 @@ def _sums(rows: Block, residuals: Making) -> Residuals:
             if unusual[:k].any():
                 as_they_are = _pieces(rows, residuals, np.zeros(k), None)
                 largest[:k] = np.max([np.abs(columns[:k]).max(axis=1) for columns, _ in as_they_are], axis=0)
-            exponent = spread.exponent
+            exponent = spread.exponent.copy()
             exponent[unusual] = exponents_of(largest[unusual])
             unit = units_of(exponent)
             if unit.any():
@@ -217,7 +217,7 @@ def _sums_in(unit: Exponents | None, rows: Block, residuals: Making, total: floa
     m, k = rows.y.shape
     targets = rows.y if unit is None else np.ldexp(rows.y, -unit[k:])
     centre, (some, weights_of_some) = np.zeros(2 * k), some_rows(rows)
-    centre[k:] = weights_of_some.dot(targets[some]) / weights_of_some.sum()
+    centre[k:] = weights_of_some.dot(np.ascontiguousarray(targets[some])) / weights_of_some.sum()  # strides would show in bits
     for left in reversed(range(ROUNDS + 1)):
         sums, squares = np.zeros((2, 2 * k))
         for columns, weights in _pieces(rows, residuals, centre[k:], unit):
@@ -233,13 +233,13 @@ def _sums_in(unit: Exponents | None, rows: Block, residuals: Making, total: floa
     squares = np.maximum(squares - (offset * np.sqrt(total)) ** 2, 0.0)
     exponent = np.zeros(2 * k, dtype=np.int32) if unit is None else unit
     spread = Spread(m, total, *exact_sum(centre, offset), squares, exponent)
-    return sums[:k] if unit is None else np.ldexp(sums[:k], unit[:k]), spread
+    return sums[:k].copy() if unit is None else np.ldexp(sums[:k], unit[:k]), spread
 
 
 def _pieces(rows: Block, residuals: Making, centre: Array, unit: Exponents | None) -> Iterator[tuple[Array, Array | None]]:
     """Yield columns [r, y - centre], (2 k, h), of rows in units, and their weights, while a core's cache holds them.
 
-    The centre (k,) is in units already.
+    The units are powers of two, or None for rows as they are; the centre (k,) is in units already.
     """
     m, k = rows.y.shape
     height = min(PIECE_ROWS, tile_rows(k, 0, PIECE_BYTES), m)

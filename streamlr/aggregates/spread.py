@@ -146,7 +146,10 @@ def meeting(one: Spread, other: Spread) -> Meeting:
 
 
 def shift_between(exponent: Exponents, larger: Exponents) -> Exponents | None:
-    """Return the powers of two that take columns to larger units, exact but for what vanishes beside those; None for none."""
+    """Return the powers of two that take columns to larger units, None where these are theirs already.
+
+    They are exact, but for what vanishes beside columns so much larger.
+    """
     return None if exponent.tobytes() == larger.tobytes() else np.maximum(exponent - larger, NO_SCALE)
 
 

@@ -84,7 +84,7 @@ class BloscBlocks:
         self._held = -1
         size = self._file.begin(position)
         self._file.read(self._header, 0)
-        nbytes, self._block, stored = (int(size) for size in self._header[4:].view("<u4"))
+        nbytes, self._block, stored = (int(number) for number in self._header[4:].view("<u4"))
         itemsize = max(int(self._header[ITEMSIZE]), 1)
         sound = nbytes == self._nbytes and stored == size
         # a size that is off by less than an item would show in the last block alone

@@ -34,11 +34,13 @@ class ChunkFile:
         Raises
         ------
         OSError
-            It cannot be opened.
+            It cannot be opened, or does not tell its size.
         """
         self.leave()
-        self._descriptor, self.position = self._open_file(position), position
-        return os.fstat(self._descriptor).st_size
+        self._descriptor = self._open_file(position)
+        nbytes = os.fstat(self._descriptor).st_size
+        self.position = position
+        return nbytes
 
     def read(self, into: NDArray[np.uint8], offset: int) -> None:
         """Fill `into` with the bytes of the file from an offset on.

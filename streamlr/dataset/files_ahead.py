@@ -91,8 +91,7 @@ def _read(file: int, request: ByteRequest | None, buffer: Buffer) -> tuple[memor
         view = buffer.take(stop - start).data
         done = _in_memory(view, file, start)
         waited = done < len(view)
-        while done < len(view) and (count := read_at(view[done:], file, start + done)):
-            done += count
+        done += read_at(view[done:], file, start + done)
         return view[:done], waited
     finally:
         os.close(file)
@@ -109,7 +108,15 @@ def _in_memory(view: memoryview, file: int, offset: int) -> int:
 
 
 def read_at(view: memoryview, file: int, offset: int) -> int:
-    """Read an open file from an offset on, as much as comes at once, and return the number of bytes."""
+    """Read an open file from an offset on, and return the number of bytes: fewer than there is room for where it ends."""
+    done = 0
+    while done < len(view) and (count := _read_some(view[done:], file, offset + done)):
+        done += count
+    return done
+
+
+def _read_some(view: memoryview, file: int, offset: int) -> int:
+    """Read what comes at once."""
     if hasattr(os, "preadv"):  # not on Windows
         return os.preadv(file, [view], offset)
     os.lseek(file, offset, os.SEEK_SET)

@@ -16,7 +16,7 @@ from streamlr.dataset.stored_chunks import Position, StoredChunks
 from streamlr.dataset.zstd_stream import ZstdStream
 
 LARGE_BYTES = 2 * TILE_BYTES  # of a chunk that is compressed: at least two tiles
-PART_BYTES = 2**20  # of bare numbers: fewer, and a call of the system for each part costs more than to hold the chunk
+PART_BYTES = 2**20  # of bare numbers: fewer, and a call of the system for each of them costs more than to hold their chunk
 
 
 class Parts(Protocol):
@@ -63,8 +63,8 @@ class BareParts:
         return self._file.position
 
     def suits(self, nbytes: int) -> bool:
-        """Whether there are enough of them to ask the system for, and others left."""
-        return nbytes >= PART_BYTES and 2 * nbytes <= self._nbytes
+        """Whether there are enough of them to open a file for, and others left; any will do of a file that is open."""
+        return self.position is not None or (nbytes >= PART_BYTES and 2 * nbytes <= self._nbytes)
 
     def fill(self, position: Position, start: int, into: NDArray[np.uint8], *, last: bool) -> bool:
         """Fill `into` with the bytes of a chunk from `start` on, if its file is there and has the size of its numbers."""

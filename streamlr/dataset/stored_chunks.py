@@ -1,4 +1,4 @@
-"""The stored bytes of an array's chunks, in files or any zarr store, sharded or not: read whole, but for parts of files."""
+"""The stored bytes of an array's chunks, in files or any zarr store, sharded or not: read whole, or opened to be read in parts."""
 
 from __future__ import annotations
 

@@ -34,6 +34,7 @@ from streamlr.dataset.buffers import Buffer
 from streamlr.dataset.codecs import ChunkCodec, check_memory
 from streamlr.dataset.files_ahead import Files
 from streamlr.dataset.integrity import seal
+from streamlr.dataset.stored_chunks import StoredChunks
 from streamlr.dataset.zstd_stream import ZstdStream
 from streamlr.errors import (
     ChunkCorrupt,
@@ -325,6 +326,20 @@ class TestLargeFiles:
         assert opened == ["X/c/0/0", "X/c/1/0", "X/c/2/0"]
         assert not [file for file in map(os.path.realpath, Path("/proc/self/fd").iterdir()) if str(store) in file]
 
+    def test_few_rows_at_the_end_are_read_as_a_part_too(self, large, tmp_path, monkeypatch):
+        n = self.height + 1_000
+        x = zarr.create_array(str(tmp_path / "x"), data=large[0][:n], chunks=(self.height, 2), compressors=self.compressors)
+        monkeypatch.setattr(StoredChunks, "get", None)
+        assert streamlr.accumulate(streamlr.Dataset(x, large[1][:n])).n == n
+
+    def test_a_system_that_gives_less_at_once(self, store, large, monkeypatch):
+        expected, read = streamlr.fit(streamlr.Dataset(*large)), files_ahead._read_some
+        monkeypatch.setattr(files_ahead, "_in_memory", lambda *about: 0)
+        monkeypatch.setattr(files_ahead, "_read_some", lambda view, *place: read(view[: 2**18 + 1], *place))
+        monkeypatch.setattr(StoredChunks, "get", None)
+        model = streamlr.fit(streamlr.Dataset(zarr.open_group(store, mode="r")["X"], large[1]))
+        assert model.coef.tobytes() == expected.coef.tobytes()
+
     def test_few_bytes_are_not_worth_a_part(self, tmp_path, monkeypatch):
         n = 300_000
         x, opened = np.random.default_rng(0).normal(size=(n, 20)), []
@@ -397,7 +412,7 @@ class LargeFilesInParts(TestLargeFiles):
         assert sum(filled) == 16 * self.n
 
     def test_few_bytes_are_not_worth_a_part(self, tmp_path, monkeypatch):
-        """But they are decoded from a file that stays open."""
+        """But of what is compressed any are: there is no whole to hold."""
         n = 300_000
         x, opened, open_file = np.random.default_rng(0).normal(size=(n, 20)), [], Files.open
         y = zarr.create_array(str(tmp_path / "y.zarr"), data=x @ np.ones(20), chunks=(n,), compressors=self.compressors)
