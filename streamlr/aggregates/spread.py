@@ -91,9 +91,9 @@ class Spread:
         if self.n == 0 or other.n == 0:
             return (other if self.n == 0 else self).copy()
         both = meeting(self, other)
-        one, another = both.sides
+        mine, others = (side.in_units(both.exponent).squares for side in (self, other))
         with np.errstate(over="ignore"):
-            squares = one.squares + another.squares + both.step**2
+            squares = mine + others + both.step**2
         both.check(squares)
         return Spread(self.n + other.n, both.weight_sum, both.mean, both.mean_rest, squares, both.exponent)
 
@@ -111,8 +111,6 @@ class Meeting(NamedTuple):
         Whose square, beside their scatters, is the scatter of both.
     exponent : (q,) int32
         Units of all that.
-    sides : two of Spread
-        Both in these units.
     """
 
     weight_sum: float
@@ -120,7 +118,6 @@ class Meeting(NamedTuple):
     mean_rest: Array
     step: Array
     exponent: Exponents
-    sides: tuple[Spread, Spread]
 
     def check(self, squares: Array) -> None:
         """Raise `NumericalError` where the weights, or sums of squares (q,), are more than a float64 holds."""
@@ -142,7 +139,7 @@ def meeting(one: Spread, other: Spread) -> Meeting:
     mean, left = exact_sum(heavy.mean, step * share)
     mean, rest = exact_sum(mean, left + heavy.mean_rest)
     step *= np.sqrt(heavy.weight_sum) * np.sqrt(share)
-    return Meeting(total, mean, rest, step, exponent, sides)
+    return Meeting(total, mean, rest, step, exponent)
 
 
 def shift_between(exponent: Exponents, larger: Exponents) -> Exponents | None:
