@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import stdtr, stdtrit  # Student's t; scipy.stats would take half a second to import
 
 from streamlr.aggregates.moments import Moments
 from streamlr.direct.routes import Solution
@@ -64,6 +63,8 @@ def standard_errors(moments: Moments, solution: Solution, residual_squares: Arra
 
 def t_table(coef: Array, std_err: Array, df: int, level: float) -> tuple[Array, Array, Array]:
     """Return t values, two-sided p values and confidence intervals (m, 2) of coefficients and their standard errors, both (m,)."""
+    from scipy.special import stdtr, stdtrit  # Student's t; here, since it brings 17 MB with it, which a fit does without
+
     with np.errstate(divide="ignore", invalid="ignore"):
         t = coef / std_err
     p = 2 * stdtr(df, -np.abs(t)) if df else np.full_like(t, np.nan)
