@@ -115,4 +115,6 @@ def test_importing_the_package_imports_nothing_heavy():
 @pytest.mark.parametrize("solver", ["normal", "minibatch", "gd"])
 def test_a_fit_imports_no_extra_no_estimator_and_no_second_blas(solver):
     code = f"import streamlr, sys; streamlr.fit(streamlr.Dataset([[0.0], [1.0]], [0.0, 1.0]), {solver!r}); print(*sys.modules)"
-    assert not {"sklearn", "pyarrow", "pandas", "formulaic", "scipy", "typer", "rich", "distributed"} & set(run_python(code).split())
+    assert not {"sklearn", "pyarrow", "pandas", "formulaic", "scipy", "typer", "rich", "distributed"} & set(
+        run_python(code).split()
+    )

@@ -63,7 +63,7 @@ class Block:
 
     def workspace(self, count: int) -> NDArray[np.float64]:
         """Return memory for `count` numbers, with anything in it; what was taken before is overwritten."""
-        return np.empty(count) if self.room is None else self.room.take(8 * count).view(np.float64)
+        return np.empty(count) if self.room is None else self.room.array((count,))
 
     def part(self, first: int, last: int) -> Block:
         """Return the kept rows from one number to before another, where they lie."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import mmap
 from contextlib import suppress
+from math import prod
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}  # not on Windows
 HUGE_BYTES = 4 * 2**20  # from here on large pages are asked for, as NumPy does: fewer faults, fewer misses of the page tables
+FLOAT64 = np.dtype(np.float64)
 HEADROOM = 32  # one part in so many: stored chunks differ a little, and a mapping that is too small goes as a whole
 
 
@@ -46,3 +49,13 @@ class Buffer:
                     mapped.madvise(mmap.MADV_HUGEPAGE)
             self._bytes = np.frombuffer(mapped, dtype=np.uint8)
         return self._bytes[:nbytes]
+
+    def array(self, shape: tuple[int, ...], dtype: np.dtype[Any] = FLOAT64) -> NDArray[Any]:
+        """Return as much of it, in this shape, as `take` does.
+
+        Examples
+        --------
+        >>> Buffer().array((2, 3)).strides
+        (24, 8)
+        """
+        return self.take(dtype.itemsize * prod(shape)).view(dtype).reshape(shape)

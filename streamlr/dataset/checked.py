@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamlr.dataset.blocks import Block, Span, tile_edges
-from streamlr.dataset.buffers import Buffer
+from streamlr.dataset.buffers import FLOAT64, Buffer
 from streamlr.dataset.rows import Rows
 from streamlr.dataset.tally import Tally
 from streamlr.errors import DataError, NonFiniteValue
@@ -20,7 +20,6 @@ from streamlr.errors import DataError, NonFiniteValue
 if TYPE_CHECKING:
     from streamlr.dataset.dataset import Dataset
 
-FLOAT64 = np.dtype(np.float64)
 EXACT_INTEGERS = 2.0**53  # from here on float64 skips integers: what reads as this may have been the next one
 
 
@@ -241,7 +240,7 @@ class _Beside:
         elif len(self._readers) == 1 and (view := self._view(piece, dtype)) is not None:
             return view
         else:
-            tile = self._tile.take(dtype.itemsize * shape[0] * shape[1]).view(dtype).reshape(shape)
+            tile = self._tile.array(shape, dtype)
         for reader, place in zip(self._readers, self._places, strict=True):
             reader.read_into(tile[:, place], piece.start)
         return tile

@@ -52,7 +52,7 @@ class Consecutive:
                 kept = kept.copy()
                 self.begin(self.stop)
                 self._rows = np.empty((0, self._width))  # a part of the old ones would keep their memory
-                self._rows = self._buffer.take(8 * most * self._width).view(np.float64).reshape(most, self._width)
+                self._rows = self._buffer.array((most, self._width))
             self._rows.ravel()[: kept.size] = kept.ravel()  # in one dimension NumPy moves what overlaps without a copy
             self._end = len(kept)
         return self._rows[self._end : self._end + height]

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamlr.dataset.blocks import Block
+from streamlr.dataset.buffers import Buffer
 from streamlr.descent.objective import Objective
 from streamlr.descent.options import Descent
 from streamlr.descent.scaling import Coordinates, Prepared, plain_coordinates, standard_coordinates
@@ -129,7 +130,8 @@ def walk_of(
     m = objective.batch_rows
     steps = -(-kept // (m * options.streams)) * (options.max_epochs or 1)
     always = options.scale == "whiten" or steps < FEW_STEPS
-    rows = coordinates.prepared(Block(0, len(sample), columns[:, :n_features], columns[:, n_features:], weights))
+    block = Block(0, len(sample), columns[:, :n_features], columns[:, n_features:], weights)
+    rows = coordinates.prepared(block, Buffer().array(block.x.shape))  # which goes back before windows need as much
     with np.errstate(all="ignore"):  # what leaves the range of float64 is found
         for numbers in (rows.z, rows.y) if rows.w is None else (rows.z, rows.y, rows.w):
             _check_finite(numbers)
@@ -160,7 +162,7 @@ def whitening(coordinates: Coordinates, rows: Prepared, n_rows: int, ridge: floa
     `always` is asked for.
     """
     p = coordinates.n_features
-    z = rows.z if rows.w is None else rows.z * np.sqrt(rows.w)
+    z = _weighted(rows.z, rows.w)
     gram = z.T @ z / max(len(z), 1) + np.diag(stiffness(coordinates, ridge)[:p])
     _check_finite(gram)
     values, vectors = np.linalg.eigh(gram)
@@ -178,8 +180,8 @@ def curvature(coordinates: Coordinates, rows: Prepared, transform: Array | None,
     The second is the mean of w |z|^2, weighted by w |z|^2, and the penalty. Without T the penalty's part in the first is a bound,
     at most twice too large.
     """
-    z = rows.design if transform is None else rows.times(transform)
-    z = z if rows.w is None else z * np.sqrt(rows.w)
+    design = rows.design if transform is None else rows.times(transform, Buffer().array((len(rows), len(transform))))
+    z = _weighted(design, rows.w)
     squares, penalty = np.einsum("ij,ij->i", z, z), stiffness(coordinates, ridge)
     gram = z.T @ z if transform is not None or len(z) >= z.shape[1] else z @ z.T
     gram = gram / max(len(z), 1)
@@ -199,6 +201,11 @@ def stiffness(coordinates: Coordinates, ridge: float) -> Array:
     """Return half of what the penalty adds to the Hessian's diagonal, (d,)."""
     with np.errstate(all="ignore"):
         return coordinates.penalty(np.ones((coordinates.n_trained, 1)), ridge)[:, 0] / 2
+
+
+def _weighted(z: Array, w: Array | None) -> Array:
+    """Return rows times the roots of their weights: themselves where they have none."""
+    return z if w is None else np.multiply(z, np.sqrt(w), out=Buffer().array(z.shape))
 
 
 def _check_finite(values: Array) -> None:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from streamlr.aggregates.centred import CONSTANT
 from streamlr.dataset.blocks import Block
+from streamlr.dataset.buffers import Buffer
 from streamlr.errors import NumericalError
 
 Array = NDArray[np.float64]
@@ -74,7 +75,9 @@ class Prepared:
     def design(self) -> Array:
         """A, (m, d), in memory of its own where it is not z."""
         z = self.z if self.units is None else (self.z - self.units.mean) * self.units.share[:, 0]
-        return np.hstack((z, np.ones((len(z), 1)))) if self.intercept else z
+        if not self.intercept:
+            return z
+        return np.concatenate((z, np.ones((len(z), 1))), axis=1, out=Buffer().array((len(z), z.shape[1] + 1)))
 
     def times(self, b: Array, out: Array | None = None) -> Array:
         """Return A b, (m, k), of coefficients (d, k), in `out` if that is given."""
@@ -155,10 +158,11 @@ class Coordinates:
         """
         return self._prepared(rows, rows, units)
 
-    def prepared(self, rows: Block) -> Prepared:
-        """Return rows in these coordinates, in memory of their own."""
+    def prepared(self, rows: Block, features: Array | None = None) -> Prepared:
+        """Return rows in these coordinates, in memory of their own, but for `features` where that is given for them."""
+        x = np.empty(rows.x.shape) if features is None else features
         weights = None if rows.weights is None else np.empty_like(rows.weights)
-        return self._prepared(rows, Block(rows.start, rows.stop, np.empty(rows.x.shape), np.empty(rows.y.shape), weights))
+        return self._prepared(rows, Block(rows.start, rows.stop, x, np.empty(rows.y.shape), weights))
 
     def _prepared(self, rows: Block, out: Block, units: Units | None = None) -> Prepared:
         w = None
@@ -233,10 +237,10 @@ def standard_coordinates(columns: Array, weights: Array | None, n_features: int,
     else:
         share = weights / weights.max()  # sums of which stay in range
         share /= share.sum()
-    largest = np.abs(columns).max(axis=0, initial=0.0)
+    largest = np.maximum(columns.max(axis=0, initial=0.0), -columns.min(axis=0, initial=0.0))  # the sample is not copied
     exponent = np.where(largest > 0, np.frexp(largest)[1], 0)
     mean, spread = np.zeros(columns.shape[1]), np.zeros(columns.shape[1])
-    for j in range(columns.shape[1]):  # a column at a time: the sample is not copied
+    for j in range(columns.shape[1]):  # a column at a time, for the same reason
         column = np.ldexp(columns[:, j], -exponent[j])
         centre = share @ column if intercept else 0.0
         centre += share @ (column - centre) if intercept else 0.0

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamlr.dataset.blocks import Block, Plan, Span, format_bytes
+from streamlr.dataset.buffers import Buffer
 from streamlr.dataset.checked import surely_finite
 from streamlr.dataset.dataset import Dataset
 from streamlr.dataset.tally import Tally
@@ -184,7 +185,7 @@ class RowStream:
         edges = np.linspace(0, len(units), min(max_units, len(units)) + 1).astype(int)
         chosen = [units[int(rng.integers(a, b))] for a, b in pairwise(edges)]
         most = min(rows, sum(span.stop - span.start for span in chosen))
-        kept, keys, filled = np.empty((most, self.dataset.n_columns)), np.empty(most), 0
+        kept, keys, filled = Buffer().array((most, self.dataset.n_columns)), np.empty(most), 0
         with closing(self._windows(chosen, 0, whole=False)) as windows:
             for piece, _ in stretches(windows, side_by_side, self.order.stretch_rows(self.dataset), START, None):
                 drawn = rng.random(len(piece))  # nobody knows how many come: those of the least keys stay

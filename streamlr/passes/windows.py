@@ -39,7 +39,7 @@ class Window:
         self._height = -(-height // run) * run  # so that runs begin where places do
         widths = (dataset.n_features, dataset.n_targets, *([] if dataset.weights is None else [1]))
         rows = places * self._height  # in buffers, whose memory goes back as a whole
-        self._arrays = [Buffer().take(8 * rows * width).view(np.float64).reshape(rows, width) for width in widths]
+        self._arrays = [Buffer().array((rows, width)) for width in widths]
         self._blocks: list[Block] = []
         self._order: tuple[Numbers, Numbers] | None = None
 

@@ -612,6 +612,7 @@ class TestFaults:
 
 
 PLAIN_REFUSAL = r"needs \d.*limit is .* \(as asked\).*211\.8 MB of it are 2 x 131,072 rows that are shuffled together.*buffer_rows"
+WINDOWS = 2 * 131_072 * 101 * 8
 RUN = r"""
 import json, re, sys, dask, streamlr
 store, mode, epochs, threads, limit = sys.argv[1:]
@@ -620,10 +621,15 @@ dataset = streamlr.open_dataset(store)
 options = streamlr.Descent(mode, max_epochs=int(epochs), tol=0.0)
 limit = None if limit == "none" else int(limit)
 planned = streamlr.plan(dataset, options, memory_limit=limit)
+
+def memory(what):
+    return int(re.search(what + r":\s+(\d+)", open("/proc/self/status").read())[1]) * 1024
+
+before = memory("VmRSS")
 model = streamlr.fit(dataset, options, memory_limit=limit)
-peak = int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1]) * 1024
+peak = memory("VmHWM")
 least = planned.base_bytes + planned.result_bytes + planned.task_bytes
-facts = {"planned": planned.peak_bytes, "least": least, "at_once": planned.tasks_at_once, "peak": peak}
+facts = {"planned": planned.peak_bytes, "least": least, "at_once": planned.tasks_at_once, "before": before, "peak": peak}
 print(json.dumps(facts | {"bits": model.coef.tobytes().hex() + model.intercept.hex() + model.cost.mse.hex()}))
 """
 
@@ -662,6 +668,7 @@ class TestMemory:
             assert facts["at_once"] == 2
             assert facts["peak"] <= facts["planned"]
             assert facts["planned"] < 3 * facts["peak"]
+            assert facts["peak"] - facts["before"] < WINDOWS + 36_000_000  # less than the sample took, which has gone back
         assert longer["peak"] - free["peak"] < 25_000_000
         assert longer["bits"] != free["bits"]
 
