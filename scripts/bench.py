@@ -43,7 +43,9 @@ LIMIT_OF = {
     "streamlr ingest": PARSE,
 }
 NEIGHBOURS = ("da.map_blocks, BLAS at 1", "oneDAL incremental", "dask-ml newton", "scikit-learn SGD epoch")
+WEIGHTED = ("da.map_blocks, BLAS at 1", "scikit-learn SGD epoch")  # the others know no weights
 EVERYWHERE = (*OURS, *LIMITS, *NEIGHBOURS)
+UNWRITTEN = tuple(name for name in EVERYWHERE if name not in ("streamlr predict", "read, decode and write"))
 AND_STREAMS = (*EVERYWHERE, "streamlr minibatch epoch, two streams")
 ALL = tuple(name for name in CONTESTANTS if name not in ("streamlr ingest", PARSE))
 INGEST = ("streamlr ingest", PARSE)
@@ -72,11 +74,11 @@ REGIMES = {
     "blosc-lz4": Regime({"features": 100, "rows_per_chunk": 65_536, "codec": "blosc-lz4"}),
     "uncompressed": Regime({"features": 100, "rows_per_chunk": 65_536, "codec": "none"}),
     "sharded": Regime({"features": 100, "rows_per_chunk": 8_192, "rows_per_shard": 65_536}),
-    MANY: Regime({"features": 100, "rows_per_chunk": 82}, (*OURS[:2], "hand-tuned loop", "read and decode alone"), share=0.4),
+    MANY: Regime({"features": 100, "rows_per_chunk": 82}, UNWRITTEN, share=0.4),
     "chunks of 256 KB": Regime({"features": 100, "rows_per_chunk": 328}),
     "chunks of 4 MB": Regime({"features": 100, "rows_per_chunk": 5_243}),
     "chunks of 64 MB": Regime({"features": 100, "rows_per_chunk": 83_886}),
-    "weights": Regime({"features": 100, "rows_per_chunk": 65_536, "weights": True}, (*OURS, *LIMITS)),
+    "weights": Regime({"features": 100, "rows_per_chunk": 65_536, "weights": True}, (*OURS, *LIMITS, *WEIGHTED)),
     "10 targets": Regime({"features": 100, "rows_per_chunk": 65_536, "targets": 10}),
     "ingest": Regime({"features": 10, "categories": 0}, INGEST, PARSE, share=0.25),
     "ingest, categories": Regime({"features": 8, "categories": 2}, INGEST, PARSE, share=0.25),

@@ -17,9 +17,13 @@ def map_blocks(path: Path) -> Timed:
     import dask.array as da
     from threadpoolctl import threadpool_limits
 
-    def products(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    def products(x: np.ndarray, y: np.ndarray, w: np.ndarray | None = None) -> np.ndarray:
         z = np.column_stack([x, y])
+        if w is not None:
+            z *= np.sqrt(w)
         return (z.T @ z)[None]
+
+    weighted = "weights" in zarr.open_group(path, mode="r")
 
     def run() -> Any:
         with threadpool_limits(1, user_api="blas"):
@@ -28,7 +32,8 @@ def map_blocks(path: Path) -> Timed:
             y = (y[:, None] if y.ndim == 1 else y).rechunk((x.chunks[0], -1))
             p, q = x.shape[1], x.shape[1] + y.shape[1]
             sizes = ((1,) * x.numblocks[0], (q,), (q,))
-            z = da.map_blocks(products, x, y, dtype=float, new_axis=2, chunks=sizes).sum(axis=0).compute()
+            w = [da.from_zarr(str(path), component="weights")[:, None].rechunk((x.chunks[0], -1))] if weighted else []
+            z = da.map_blocks(products, x, y, *w, dtype=float, new_axis=2, chunks=sizes).sum(axis=0).compute()
             return np.linalg.solve(z[:p, :p], z[:p, p:])
 
     return run
@@ -58,11 +63,13 @@ def scikit_learn_steps(path: Path) -> Iterator[tuple[Any, Any]]:
     from sklearn.preprocessing import StandardScaler
 
     group = zarr.open_group(path, mode="r")
-    n, chunk = group["X"].shape[0], group["X"].chunks[0]
+    n, chunk, weights = group["X"].shape[0], group["X"].chunks[0], group.get("weights")
     scaler, model = StandardScaler().fit(group["X"][:chunk]), SGDRegressor(penalty=None)
     while True:
         for start in range(0, n, chunk):
-            model.partial_fit(scaler.transform(group["X"][start : start + chunk]), group["y"][start : start + chunk])
+            rows = slice(start, start + chunk)
+            w = None if weights is None else weights[rows]
+            model.partial_fit(scaler.transform(group["X"][rows]), group["y"][rows], sample_weight=w)
             coef = model.coef_ / scaler.scale_
             yield coef, model.intercept_ - scaler.mean_ @ coef
 

@@ -95,6 +95,16 @@ def test_the_benchmark_prints_ratios_of_fits_that_agree(made):
     assert all(gap > 0 for gap in gaps.values()), "no descent ends below the optimum"
 
 
+def test_neighbours_that_know_weights_use_them(tmp_path):
+    arguments = ["--regime", "weights", "--bytes", 800_000, "--repeats", 1, "--out", "figures.json"]
+    done = run("bench.py", *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    runs = figures(tmp_path)["runs"]["weights"]
+    assert np.allclose(runs["da.map_blocks, BLAS at 1"][0]["coef"], runs["hand-tuned loop"][0]["coef"], rtol=1e-9)
+    assert runs["scikit-learn SGD epoch"][0]["gap"] > 0
+    assert not {"oneDAL incremental", "dask-ml newton"} & runs.keys()
+
+
 def test_the_benchmark_ingests_every_row_that_arrow_reads(tmp_path):
     arguments = [
         "--regime",
