@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import platform
 import statistics
 import subprocess
@@ -43,9 +44,8 @@ LIMIT_OF = {
     "streamlr ingest": PARSE,
 }
 NEIGHBOURS = ("da.map_blocks, BLAS at 1", "oneDAL incremental", "dask-ml newton", "scikit-learn SGD epoch")
-WEIGHTED = ("da.map_blocks, BLAS at 1", "scikit-learn SGD epoch")  # the others know no weights
 EVERYWHERE = (*OURS, *LIMITS, *NEIGHBOURS)
-UNWRITTEN = tuple(name for name in EVERYWHERE if name not in ("streamlr predict", "read, decode and write"))
+READERS = tuple(name for name in EVERYWHERE if name not in ("streamlr predict", "read, decode and write"))
 AND_STREAMS = (*EVERYWHERE, "streamlr minibatch epoch, two streams")
 ALL = tuple(name for name in CONTESTANTS if name not in ("streamlr ingest", PARSE))
 INGEST = ("streamlr ingest", PARSE)
@@ -74,11 +74,11 @@ REGIMES = {
     "blosc-lz4": Regime({"features": 100, "rows_per_chunk": 65_536, "codec": "blosc-lz4"}),
     "uncompressed": Regime({"features": 100, "rows_per_chunk": 65_536, "codec": "none"}),
     "sharded": Regime({"features": 100, "rows_per_chunk": 8_192, "rows_per_shard": 65_536}),
-    MANY: Regime({"features": 100, "rows_per_chunk": 82}, UNWRITTEN, share=0.4),
+    MANY: Regime({"features": 100, "rows_per_chunk": 82}, READERS, share=0.4),  # to write so many takes minutes
     "chunks of 256 KB": Regime({"features": 100, "rows_per_chunk": 328}),
     "chunks of 4 MB": Regime({"features": 100, "rows_per_chunk": 5_243}),
     "chunks of 64 MB": Regime({"features": 100, "rows_per_chunk": 83_886}),
-    "weights": Regime({"features": 100, "rows_per_chunk": 65_536, "weights": True}, (*OURS, *LIMITS, *WEIGHTED)),
+    "weights": Regime({"features": 100, "rows_per_chunk": 65_536, "weights": True}),
     "10 targets": Regime({"features": 100, "rows_per_chunk": 65_536, "targets": 10}),
     "ingest": Regime({"features": 10, "categories": 0}, INGEST, PARSE, share=0.25),
     "ingest, categories": Regime({"features": 8, "categories": 2}, INGEST, PARSE, share=0.25),
@@ -127,7 +127,7 @@ def bench(
     if scaling:
         found["scaling"] = print_scaling(turns, size, [who for who in OURS if wanted(who, only)])
     for name in ["given"] if store else names if contest or profile or many else []:
-        chosen = Regime({}, ALL) if store else REGIMES[name]
+        chosen = regime_of(store) if store else REGIMES[name]
         with tempfile.TemporaryDirectory() as folder:
             if profile and chosen.tables:
                 print(f"\n{name}: left out, since there is no exact fit in it")
@@ -176,6 +176,13 @@ def wanted(who: str, only: list[str] | None) -> bool:
     return not only or any(part in who for part in only)
 
 
+def regime_of(store: Path) -> Regime:
+    """Return what is known of a store that is given, from which follows who can take part."""
+    group = zarr.open_group(store, mode="r")
+    targets = math.prod(group["y"].shape[1:])
+    return Regime({"targets": targets, "weights": True} if "weights" in group else {"targets": targets}, ALL)
+
+
 def taking_part(regime: Regime, only: list[str] | None) -> list[str]:
     """Return those of the contestants who are wanted, installed, and know this kind of data."""
     chosen = []
@@ -184,6 +191,8 @@ def taking_part(regime: Regime, only: list[str] | None) -> list[str]:
         if who != regime.reference and not wanted(who, only):
             continue
         if CONTESTANTS[who].one_target and regime.data.get("targets", 1) > 1:
+            continue
+        if CONTESTANTS[who].unweighted and "weights" in regime.data:
             continue
         if package is not None and importlib.util.find_spec(package) is None:
             print(f"left out: {who}, since {package} is not installed")

@@ -23,11 +23,12 @@ from ours import Result, Timed
 
 
 class Contestant(NamedTuple):
-    """Who takes part: what it prepares, the package that it needs besides streamlr's own, and whether it knows one target only."""
+    """Who takes part: what it prepares, the package that it needs besides streamlr's own, and which data it does not know."""
 
     prepare: Callable[[Path], Timed]
     needs: str | None = None
-    one_target: bool = False
+    one_target: bool = False  # it knows no more
+    unweighted: bool = False  # it knows no weights
 
 
 CONTESTANTS = {
@@ -46,12 +47,12 @@ CONTESTANTS = {
     "product alone": Contestant(limits.product_alone),
     "pyarrow.csv.open_csv": Contestant(limits.read_csv, needs="pyarrow"),
     "da.map_blocks, BLAS at 1": Contestant(neighbours.map_blocks),
-    "plain NumPy loop epoch": Contestant(neighbours.numpy_loop, one_target=True),
+    "plain NumPy loop epoch": Contestant(neighbours.numpy_loop, one_target=True, unweighted=True),
     "scikit-learn SGD epoch": Contestant(neighbours.scikit_learn_epoch, one_target=True),
     "scikit-learn, to a gap of 1e-3": Contestant(neighbours.scikit_learn_to_gap, one_target=True),
-    "scikit-learn Ridge in memory": Contestant(neighbours.ridge_in_memory),
-    "oneDAL incremental": Contestant(neighbours.onedal, needs="sklearnex"),
-    "dask-ml newton": Contestant(neighbours.dask_ml, needs="dask_ml", one_target=True),
+    "scikit-learn Ridge in memory": Contestant(neighbours.ridge_in_memory, unweighted=True),
+    "oneDAL incremental": Contestant(neighbours.onedal, needs="sklearnex", unweighted=True),
+    "dask-ml newton": Contestant(neighbours.dask_ml, needs="dask_ml", one_target=True, unweighted=True),
 }
 
 

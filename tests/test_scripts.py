@@ -95,14 +95,20 @@ def test_the_benchmark_prints_ratios_of_fits_that_agree(made):
     assert all(gap > 0 for gap in gaps.values()), "no descent ends below the optimum"
 
 
-def test_neighbours_that_know_weights_use_them(tmp_path):
-    arguments = ["--regime", "weights", "--bytes", 800_000, "--repeats", 1, "--out", "figures.json"]
-    done = run("bench.py", *arguments, cwd=tmp_path)
+def test_neighbours_that_know_weights_use_them(tmp_path, scripts_on_path):
+    import neighbours
+
+    arguments = ["made.zarr", "--rows", 5000, "--features", 6, "--rows-per-chunk", 700, "--weights"]
+    assert run("make_data.py", *arguments, cwd=tmp_path).returncode == 0
+    done = run("bench.py", "--store", "made.zarr", "--repeats", 1, "--out", "figures.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    runs = figures(tmp_path)["runs"]["weights"]
+    runs = figures(tmp_path)["runs"]["given"]
     assert np.allclose(runs["da.map_blocks, BLAS at 1"][0]["coef"], runs["hand-tuned loop"][0]["coef"], rtol=1e-9)
-    assert runs["scikit-learn SGD epoch"][0]["gap"] > 0
-    assert not {"oneDAL incremental", "dask-ml newton"} & runs.keys()
+    assert "scikit-learn SGD epoch" in runs
+    assert "scikit-learn Ridge in memory" not in runs, "it is not told of weights"
+    zarr.open_group(tmp_path / "made.zarr", mode="r+")["weights"][:] = 1e-9
+    coef, _ = next(neighbours.scikit_learn_steps(tmp_path / "made.zarr"))
+    assert np.abs(coef).max() < 1e-6, "rows of hardly any weight teach hardly anything"
 
 
 def test_the_benchmark_ingests_every_row_that_arrow_reads(tmp_path):

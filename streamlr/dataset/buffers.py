@@ -1,4 +1,4 @@
-"""Memory for chunks, straight from the operating system."""
+"""Memory for chunks and what else is large, straight from the operating system."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Buffer:
         return self._bytes[:nbytes]
 
     def array(self, shape: tuple[int, ...], dtype: np.dtype[Any] = FLOAT64) -> NDArray[Any]:
-        """Return as much of it, in this shape, as `take` does.
+        """Return memory for numbers in this shape, in C order, with anything in it; what was taken before is overwritten.
 
         Examples
         --------

@@ -131,7 +131,9 @@ def walk_of(
     steps = -(-kept // (m * options.streams)) * (options.max_epochs or 1)
     always = options.scale == "whiten" or steps < FEW_STEPS
     block = Block(0, len(sample), columns[:, :n_features], columns[:, n_features:], weights)
-    rows = coordinates.prepared(block, Buffer().array(block.x.shape))  # which goes back before windows need as much
+    own = None if weights is None else np.empty_like(weights)
+    out = replace(block, x=Buffer().array(block.x.shape), y=Buffer().array(block.y.shape), weights=own)
+    rows = coordinates.prepared(block, out)  # whose memory goes back before windows need as much
     with np.errstate(all="ignore"):  # what leaves the range of float64 is found
         for numbers in (rows.z, rows.y) if rows.w is None else (rows.z, rows.y, rows.w):
             _check_finite(numbers)
@@ -180,8 +182,8 @@ def curvature(coordinates: Coordinates, rows: Prepared, transform: Array | None,
     The second is the mean of w |z|^2, weighted by w |z|^2, and the penalty. Without T the penalty's part in the first is a bound,
     at most twice too large.
     """
-    design = rows.design if transform is None else rows.times(transform, Buffer().array((len(rows), len(transform))))
-    z = _weighted(design, rows.w)
+    z = rows.design if transform is None else rows.times(transform, Buffer().array((len(rows), transform.shape[1])))
+    z = _weighted(z, rows.w)
     squares, penalty = np.einsum("ij,ij->i", z, z), stiffness(coordinates, ridge)
     gram = z.T @ z if transform is not None or len(z) >= z.shape[1] else z @ z.T
     gram = gram / max(len(z), 1)

@@ -158,11 +158,12 @@ class Coordinates:
         """
         return self._prepared(rows, rows, units)
 
-    def prepared(self, rows: Block, features: Array | None = None) -> Prepared:
-        """Return rows in these coordinates, in memory of their own, but for `features` where that is given for them."""
-        x = np.empty(rows.x.shape) if features is None else features
-        weights = None if rows.weights is None else np.empty_like(rows.weights)
-        return self._prepared(rows, Block(rows.start, rows.stop, x, np.empty(rows.y.shape), weights))
+    def prepared(self, rows: Block, out: Block | None = None) -> Prepared:
+        """Return rows in these coordinates, in `out` if that is given, else in memory of their own."""
+        if out is None:
+            weights = None if rows.weights is None else np.empty_like(rows.weights)
+            out = Block(rows.start, rows.stop, np.empty(rows.x.shape), np.empty(rows.y.shape), weights)
+        return self._prepared(rows, out)
 
     def _prepared(self, rows: Block, out: Block, units: Units | None = None) -> Prepared:
         w = None

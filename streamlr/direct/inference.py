@@ -63,7 +63,7 @@ def standard_errors(moments: Moments, solution: Solution, residual_squares: Arra
 
 def t_table(coef: Array, std_err: Array, df: int, level: float) -> tuple[Array, Array, Array]:
     """Return t values, two-sided p values and confidence intervals (m, 2) of coefficients and their standard errors, both (m,)."""
-    from scipy.special import stdtr, stdtrit  # Student's t; here, since it brings 17 MB with it, which a fit does without
+    from scipy.special import stdtr, stdtrit  # Student's t; here, since it brings 17 MB or more, which a fit does without
 
     with np.errstate(divide="ignore", invalid="ignore"):
         t = coef / std_err
