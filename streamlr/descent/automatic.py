@@ -130,10 +130,9 @@ def walk_of(
     m = objective.batch_rows
     steps = -(-kept // (m * options.streams)) * (options.max_epochs or 1)
     always = options.scale == "whiten" or steps < FEW_STEPS
-    block = Block(0, len(sample), columns[:, :n_features], columns[:, n_features:], weights)
-    own = None if weights is None else np.empty_like(weights)
-    out = replace(block, x=Buffer().array(block.x.shape), y=Buffer().array(block.y.shape), weights=own)
-    rows = coordinates.prepared(block, out)  # whose memory goes back before windows need as much
+    x, y = (Buffer().array((len(sample), width)) for width in (n_features, n_targets))  # given back before windows need as much
+    x[:], y[:] = columns[:, :n_features], columns[:, n_features:]
+    rows = coordinates.prepare(Block(0, len(sample), x, y, None if weights is None else weights.copy()))
     with np.errstate(all="ignore"):  # what leaves the range of float64 is found
         for numbers in (rows.z, rows.y) if rows.w is None else (rows.z, rows.y, rows.w):
             _check_finite(numbers)

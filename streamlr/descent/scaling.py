@@ -158,12 +158,10 @@ class Coordinates:
         """
         return self._prepared(rows, rows, units)
 
-    def prepared(self, rows: Block, out: Block | None = None) -> Prepared:
-        """Return rows in these coordinates, in `out` if that is given, else in memory of their own."""
-        if out is None:
-            weights = None if rows.weights is None else np.empty_like(rows.weights)
-            out = Block(rows.start, rows.stop, np.empty(rows.x.shape), np.empty(rows.y.shape), weights)
-        return self._prepared(rows, out)
+    def prepared(self, rows: Block) -> Prepared:
+        """Return rows in these coordinates, in memory of their own."""
+        weights = None if rows.weights is None else np.empty_like(rows.weights)
+        return self._prepared(rows, Block(rows.start, rows.stop, np.empty(rows.x.shape), np.empty(rows.y.shape), weights))
 
     def _prepared(self, rows: Block, out: Block, units: Units | None = None) -> Prepared:
         w = None

@@ -16,7 +16,7 @@ from typing import Any
 from streamlr.errors import UsageError
 
 SHARE = 0.8  # of the smallest limit found; the rest is for what no plan sees: allocator slack, thread stacks, other libraries
-PYTHON_BYTES = 130_000_000  # the interpreter and the imports of a fit, as measured
+PYTHON_BYTES = 130_000_000  # the interpreter, the imports of a fit, and some slack
 SET_ASIDE_BYTES = 150_000_000  # stacks of threads and buffers of OpenBLAS that are never touched, but that RLIMIT_DATA counts
 UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
